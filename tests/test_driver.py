@@ -1,0 +1,653 @@
+"""The real driver and the real SDK against the emulated bus: readings, limits, faults, and every door out with torque off."""
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import bringup
+import dynamixel
+import emulated_bus
+import hand as H
+from dynamixel import DynamixelHand
+from emulated_bus import EmulatedBus
+
+BY_MOTOR = [H.JOINTS[k] for k in np.argsort(H.MOTOR_ID)]
+LIMITS = [(j.low, j.high) for j in BY_MOTOR]
+ALL_AT_ONCE = np.argsort(H.MOTOR_ID)             # values by joint -> by motor id
+NO_FILE = "/nonexistent/calibration.json"
+
+
+def new_bus(**options):
+    return EmulatedBus(**{"limits": LIMITS, "stops": LIMITS} | options)
+
+
+@pytest.fixture
+def bus():
+    with new_bus() as bus:
+        yield bus
+
+
+@pytest.fixture
+def hand(bus):
+    with DynamixelHand(bus.path, NO_FILE) as hand:
+        yield hand
+
+
+def driving(bus):
+    return any(m.driving for m in bus.motors.values())
+
+
+def pose(bus, q):
+    """Somebody puts the fingers at q (16,) rad, in joint order."""
+    for motor, angle in zip(H.MOTOR_ID, q):
+        bus.push(motor, angle)
+
+
+def hold(hand, target, ticks):
+    for _ in range(ticks):
+        reading = hand.read()
+        hand.command(target)
+        time.sleep(0.02)
+    return reading
+
+
+# ---------------------------------------------------------------------------------------------- readings
+def test_reads_joint_angles_in_joint_order_and_si_units(bus, hand):
+    q = np.linspace(-0.2, 0.25, 16)
+    pose(bus, q)
+    reading = hand.read()
+    assert np.abs(reading.q - q).max() < dynamixel.COUNT
+    assert not reading.dq.any() and not reading.current.any()
+
+
+def test_velocity_and_current_are_those_of_the_motors(bus, hand):
+    target, seen = np.full(16, 0.8), []
+    for _ in range(14):
+        before = {i: (m.joint.w, m.current) for i, m in bus.motors.items()}
+        r = hand.read()
+        after = {i: (m.joint.w, m.current) for i, m in bus.motors.items()}
+        hand.command(target)
+        time.sleep(0.02)
+        seen.append(np.abs(r.dq).max())
+        for j, i in enumerate(H.MOTOR_ID):               # between the values before and after, within a unit
+            for k, value, unit in ((0, r.dq[j], dynamixel.RPM), (1, r.current[j], 1e-3)):
+                low, high = sorted((before[i][k], after[i][k]))
+                assert low - 0.4 * abs(low) - 5 * unit <= value <= high + 0.4 * abs(high) + 5 * unit
+    assert max(seen) > 0.5
+
+
+def test_time_is_of_the_reading_and_rises(hand):
+    before = time.monotonic()
+    times = [hand.read().time for _ in range(50)]
+    assert before < times[0] and times[-1] < time.monotonic() and (np.diff(times) > 0).all()
+
+
+def test_calibration_shifts_readings_and_goals_alike(bus, tmp_path):
+    offset = np.linspace(-0.05, 0.05, 16)
+    bringup.save(tmp_path / "c.json", offset)
+    for i, o in zip(H.MOTOR_ID, offset):
+        bus.zero_offset(i, round(o / dynamixel.COUNT))
+    with DynamixelHand(bus.path, tmp_path / "c.json") as hand:
+        assert np.abs(hand.read().q).max() < 2 * dynamixel.COUNT
+        hold(hand, np.full(16, 0.3), 60)
+        assert np.abs(np.array(bus.angles())[H.MOTOR_ID] - 0.3).max() < 0.06
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_a_disturbed_bus_gives_true_readings_or_none(fast, monkeypatch):
+    """Every reading must be of the pose that the fingers have now, never of the one before."""
+    if not fast:
+        monkeypatch.setattr(emulated_bus, "FAST_SYNC_READ", 999)         # firmware without it stays silent
+    with new_bus(delay=0.05, seed=3) as bus, DynamixelHand(bus.path, NO_FILE) as hand:
+        assert hand.fast == fast
+        for kind, p in (("drop", 0.01), ("corrupt", 0.01), ("duplicate", 0.02), ("delay", 0.005), ("drop_request", 0.02)):
+            bus.rate(kind, p)
+        good = lost = 0
+        rng = np.random.default_rng(0)
+        for _ in range(60):
+            q = rng.uniform(H.LOW, H.HIGH)
+            pose(bus, q)
+            try:
+                reading = hand.read()
+                assert np.abs(reading.q - q).max() < 2 * dynamixel.COUNT
+                good += 1
+            except H.BusError:
+                lost += 1
+        assert good > 50 and good + lost == 60
+
+
+def test_a_bus_that_fails_raises_and_ends(bus, hand):
+    bus.rate("drop", 1.0)
+    start = time.monotonic()
+    with pytest.raises(H.BusError, match="not answer"):
+        hand.read()
+    assert time.monotonic() - start < 30
+    bus.rate("drop", 0.0)
+    hand.reconnect()
+    hand.read()
+
+
+def test_a_few_lost_packets_are_asked_for_again(bus, hand):
+    for kind in ("drop", "corrupt", "drop_request", "corrupt_request"):
+        bus.inject(kind, 2)
+        hand.read()
+        hand.command(np.zeros(16))
+    assert not [e for e in hand.events if e[1] != "setting"]
+
+
+def test_one_silent_motor_is_named(bus, hand):
+    hold(hand, np.zeros(16), 3)
+    bus.silence(6)
+    with pytest.raises(H.BusError, match=r"motor 6 \(mf_pip\) does not answer"):
+        hold(hand, np.zeros(16), 10)
+    assert not any(m.driving for i, m in bus.motors.items() if i != 6)
+    bus.silence(6, False)
+    hand.reconnect()
+    assert not driving(bus)
+
+
+# ---------------------------------------------------------------------------------------------- commands
+def test_no_goal_leaves_the_limits_and_no_step_is_large(bus, hand):
+    rng = np.random.default_rng(0)
+    for _ in range(80):
+        hand.read()
+        hand.command(rng.uniform(-10, 10, 16))
+    assert bus.stats["goal_writes"] > 1000 and bus.stats["goals_outside_limits"] == 0
+    assert max(bus.stats["max_step"].values()) <= H.MAX_STEP / dynamixel.COUNT + 1
+
+
+@pytest.mark.parametrize("bad", [np.full(16, np.nan), np.zeros(15), np.full(16, np.inf), [[0.0] * 16]])
+def test_a_broken_command_moves_nothing(bus, hand, bad):
+    with pytest.raises(ValueError):
+        hand.command(bad)
+    assert bus.stats["goal_writes"] == 0 and not driving(bus)
+
+
+def test_opening_and_reading_move_nothing(bus, hand):
+    pose(bus, H.GRASP)
+    hand.read()
+    assert not driving(bus)
+
+
+def test_torque_comes_on_at_the_present_pose(bus, hand):
+    pose(bus, H.GRASP)
+    hand.command(H.GRASP)
+    assert driving(bus) and max(bus.stats["max_step"].values()) <= 2
+    assert np.abs(np.array(bus.angles())[H.MOTOR_ID] - H.GRASP).max() < 0.02
+
+
+def test_settings_of_the_table_reach_the_motors(bus, hand):
+    hand.command(np.zeros(16))
+    for j, i in enumerate(H.MOTOR_ID):
+        m = bus.motors[i]
+        assert (m["operating_mode"], m["return_delay_time"], m["current_limit"], m["goal_current"]) == (5, 0, 350, 350)
+        assert (m["position_p_gain"], m["position_d_gain"], m["position_i_gain"]) == (H.P_GAIN[j], H.D_GAIN, 0)
+        assert m["bus_watchdog"] == dynamixel.WATCHDOG
+
+
+def test_current_limit_follows_the_model():
+    with new_bus(models=1240) as bus, DynamixelHand(bus.path, NO_FILE):
+        assert {m["goal_current"] for m in bus.motors.values()} == {550}
+
+
+def test_move_to_is_slow_and_arrives(bus, hand):
+    fastest = 0.0
+    hand.move_to(H.GRASP)
+    assert np.abs(hold(hand, H.GRASP, 10).q - H.GRASP).max() < 0.06
+    assert max(bus.stats["max_step"].values()) * dynamixel.COUNT <= H.MOVE_SPEED / H.CONTROL_HZ + 2 * dynamixel.COUNT
+
+
+# ---------------------------------------------------------------------------------------------- doors
+CHILD = """
+import sys, time
+sys.path.insert(0, {root!r})
+import hand as H
+from dynamixel import DynamixelHand
+
+def main():
+    with DynamixelHand(sys.argv[1], {no_file!r}) as hand:
+        for i in range(400):
+            hand.read()
+            hand.command(H.GRASP)
+            if i == 5:
+                print("moving", flush=True)
+            if i == 8 and sys.argv[2] == "return":
+                return
+            if i == 8 and sys.argv[2] == "exception":
+                1 / 0
+            if i == 8 and sys.argv[2] == "hang":
+                while True:
+                    pass
+            time.sleep(0.05)
+
+H.run(main)
+""".format(root=str(ROOT), no_file=NO_FILE)
+
+
+def child(bus, how="", **options):
+    process = subprocess.Popen([sys.executable, "-c", CHILD, bus.path, how], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               text=True, **options)
+    assert process.stdout.readline() == "moving\n", process.stderr.read()
+    return process
+
+
+def wait_for_torque_off(bus, patience=3.0):
+    """Seconds by the bus's own clock; also of a machine that is busy, so compare generously."""
+    start = time.monotonic()
+    while driving(bus) and time.monotonic() - start < patience:
+        time.sleep(0.001)
+    assert not driving(bus)
+    return time.monotonic() - start
+
+
+@pytest.mark.parametrize("faulty_watchdog", [False, True])
+@pytest.mark.parametrize("how, status", [("return", 0), ("exception", 1), ("hang", None), ("SIGINT", 130), ("SIGTERM", 143),
+                                         ("SIGHUP", -1), ("SIGKILL", -9), ("SIGSTOP", 2)])
+def test_torque_goes_off_by_every_door(how, status, faulty_watchdog):
+    with new_bus(faulty_watchdog=faulty_watchdog) as bus:
+        process = child(bus, how)
+        if how.startswith("SIG"):
+            time.sleep(0.12)
+            process.send_signal(getattr(signal, how))
+            took = wait_for_torque_off(bus)
+        else:
+            time.sleep(0.3)
+            took = wait_for_torque_off(bus)
+        assert took < 1.0                                # <= 0.3 s on a free machine, see tests/soak.py
+        if how == "SIGSTOP":
+            time.sleep(0.3)
+            process.send_signal(signal.SIGCONT)          # thawed, it must not go on as if nothing had been
+            for _ in range(100):
+                assert not driving(bus)
+                time.sleep(0.005)
+        if how == "hang":
+            process.kill()
+        _, errors = process.communicate(timeout=20)
+        assert status is None or process.returncode == status
+        if how == "SIGSTOP":
+            assert "guardian" in errors
+
+
+def test_frozen_at_any_moment_it_does_not_come_back_driving():
+    """Also in the middle of switching torque on."""
+    with new_bus(faulty_watchdog=True) as bus:
+        for k in range(10):
+            process = subprocess.Popen([sys.executable, "-c", CHILD, bus.path, ""], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            until = time.monotonic() + 20
+            packets = bus.stats["packets"] + 44 + 4 * k      # opening takes about 50, torque on 10
+            while bus.stats["packets"] < packets and time.monotonic() < until:
+                time.sleep(0.0002)
+            process.send_signal(signal.SIGSTOP)
+            wait_for_torque_off(bus)
+            time.sleep(0.35)
+            process.send_signal(signal.SIGCONT)
+            time.sleep(0.02)
+            process.send_signal(signal.SIGSTOP)
+            wait_for_torque_off(bus)
+            process.kill()
+            process.communicate()
+
+
+def test_a_killed_run_can_be_started_again_at_once(bus):
+    process = child(bus)
+    process.kill()
+    with DynamixelHand(bus.path, NO_FILE) as hand:
+        assert not driving(bus)
+        hold(hand, np.zeros(16), 5)
+        assert driving(bus)
+    process.communicate()
+
+
+def test_a_silent_caller_loses_torque_and_hears_of_it(bus, hand):
+    hold(hand, np.zeros(16), 3)
+    time.sleep(0.4)
+    assert not driving(bus)
+    with pytest.raises(H.BusError, match="no sign of life"):
+        hand.read()
+    hand.move_to(np.zeros(16))                           # and may start again
+    assert driving(bus)
+
+
+def test_rest_lets_go_and_silence_is_then_allowed(bus, hand):
+    hold(hand, np.zeros(16), 3)
+    hand.rest()
+    assert not driving(bus)
+    time.sleep(0.4)
+    hold(hand, np.zeros(16), 3)
+    assert driving(bus)
+
+
+def test_without_its_guardian_the_hand_lets_go(bus, hand):
+    hold(hand, np.zeros(16), 3)
+    hand.guardian.kill()
+    hand.guardian.wait()
+    with pytest.raises(H.BusError):
+        hold(hand, np.zeros(16), 3)
+    wait_for_torque_off(bus)
+
+
+def test_close_may_be_called_twice_and_on_a_dead_port(bus):
+    hand = DynamixelHand(bus.path, NO_FILE)
+    hold(hand, np.zeros(16), 3)
+    bus.unplug()
+    hand.close()
+    hand.close()
+    with pytest.raises(H.BusError):
+        hand.read()
+
+
+# ---------------------------------------------------------------------------------------------- faults
+@pytest.mark.parametrize("bit, kind", [(32, "overload"), (4, "overheating"), (1, "input voltage"), (16, "electrical shock"), (8, "encoder")])
+def test_a_motor_that_shuts_down_is_rebooted_and_the_hand_goes_on(bus, hand, bit, kind):
+    hold(hand, np.zeros(16), 3)
+    bus.hardware_error(6, bit)
+    with pytest.raises(H.BusError, match=rf"motor 6 \(mf_pip\) shut down: {kind}"):
+        hold(hand, np.zeros(16), 5)
+    assert not driving(bus)
+    hand.reconnect()
+    m = bus.motors[6]
+    assert (m["position_p_gain"], m["goal_current"], m["operating_mode"], m["hardware_error_status"]) == (800, 350, 5, 0)
+    hand.move_to(np.zeros(16))
+    assert all(m.driving for m in bus.motors.values())
+    assert [k for _, k, _ in hand.events if k in (kind, "reboot", "ready")] == [kind, "reboot", "ready"]
+
+
+def test_a_dip_of_the_supply(bus, hand):
+    hold(hand, np.zeros(16), 3)
+    bus.dip(3.0, 0.2)
+    with pytest.raises(H.BusError, match="voltage"):
+        hold(hand, np.zeros(16), 10)
+    hand.reconnect()
+    hold(hand, np.zeros(16), 3)
+    assert driving(bus)
+
+
+def test_a_hot_motor_rests_until_it_is_cool(bus, hand):
+    hold(hand, np.zeros(16), 3)
+    bus.motors[3].temperature = 66.0
+    with pytest.raises(H.BusError, match=r"motor 3 \(if_dip\) is at 66 C"):
+        hold(hand, np.zeros(16), 60)
+    assert not driving(bus)
+    bus.motors[3].temperature = 60.0                     # below the alarm, not yet cool
+    with pytest.raises(H.Problem, match="gave up"):
+        hand.reconnect(patience=0.5)
+    bus.motors[3].temperature = 50.0
+    hand.reconnect()
+    hold(hand, np.zeros(16), 3)
+
+
+def test_repeated_faults_end_with_a_report(bus, hand):
+    bus.reboot_time = 0.02
+    for k in range(dynamixel.MAX_FAULTS[0] - 1):
+        bus.overload(6)
+        with pytest.raises(H.BusError):
+            hold(hand, np.zeros(16), 3)
+        hand.reconnect()
+    bus.overload(6)
+    with pytest.raises(H.Problem, match=f"stopped after {dynamixel.MAX_FAULTS[0]} x overload") as error:
+        hold(hand, np.zeros(16), 3)
+    assert not isinstance(error.value, H.BusError) and not driving(bus)
+
+
+def test_unplugged_and_plugged_in_again(bus, hand):
+    hold(hand, np.zeros(16), 3)
+    bus.unplug()
+    with pytest.raises(H.BusError, match="is gone"):
+        hold(hand, np.zeros(16), 3)
+    with pytest.raises(H.Problem, match="gave up after 0.5 s: no port"):
+        hand.reconnect(patience=0.5)
+    bus.plug()
+    hand.reconnect()
+    assert not driving(bus)                              # the motors had kept their power and their torque
+    hold(hand, np.zeros(16), 3)
+
+
+# ---------------------------------------------------------------------------------------------- python hand.py --check
+def check(bus_or_path, tmp_path, answers=None):
+    """(exit status, stdout, stderr) of `python hand.py --check`, --yes unless `answers` (lines of stdin) are given."""
+    path = getattr(bus_or_path, "path", bus_or_path)
+    done = subprocess.run([sys.executable, ROOT / "hand.py", "--check", "--port", path, "--out", tmp_path / "out", "--calibration",
+                           tmp_path / "calibration.json"] + (["--yes"] if answers is None else []),
+                          input=answers or "", capture_output=True, text=True, timeout=300)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_check_of_a_good_hand_finds_its_zeros(tmp_path):
+    with new_bus() as bus:
+        offsets = np.random.default_rng(0).integers(-40, 41, 16)
+        for i, counts in zip(H.MOTOR_ID, offsets):
+            bus.zero_offset(i, int(counts))
+        status, out, errors = check(bus, tmp_path)
+        assert (status, errors) == (0, ""), (out, errors)
+        assert out.count("ok  ") == 9 and (tmp_path / "out/check.png").stat().st_size > 10_000
+        found = dynamixel.load_calibration(tmp_path / "calibration.json")
+        assert np.abs(found - offsets * dynamixel.COUNT).max() < np.deg2rad(0.5)
+        assert not driving(bus)
+        with DynamixelHand(bus.path, tmp_path / "calibration.json") as hand:
+            assert np.abs(hand.read().q - np.array(bus.angles())[H.MOTOR_ID]).max() < np.deg2rad(0.5)
+
+
+def test_check_without_a_yes_moves_nothing(bus, tmp_path):
+    status, out, errors = check(bus, tmp_path, "y\ny\ny\nn\n")
+    assert (status, errors) == (0, "") and "not moved" in out and bus.stats["goal_writes"] == 0
+
+
+def broken(**registers):
+    """A set-up in which motor 3 came with these registers."""
+    def spoil(bus):
+        for name, value in registers.items():
+            bus.motors[3][name] = value
+    return spoil
+
+
+def every(**registers):
+    def spoil(bus):
+        for motor in bus.motors.values():
+            for name, value in registers.items():
+                motor[name] = value
+    return spoil
+
+
+def stays(bit):
+    """An error that no reboot clears."""
+    def spoil(bus):
+        m = bus.motors[3]
+        m.boot = lambda boot=m.boot: (boot(), m.fail(bit))
+        m.fail(bit)
+    return spoil
+
+
+def refuses(bus):
+    m = bus.motors[3]
+    m.check = lambda address, data, check=m.check: (7, {}) if address == 11 else check(address, data)
+
+
+def late(fault, packets=150):
+    """Something that happens in the middle of the movements."""
+    def spoil(bus):
+        step = bus.step
+
+        def stepping():
+            step()
+            if bus.stats["packets"] > packets:
+                bus.step = step
+                fault(bus)
+        bus.step = stepping
+    return spoil
+
+
+def tied(bus):
+    """Motor 2's finger drags motor 6's along."""
+    m = bus.motors[6]
+    m.step = lambda now, step=m.step: (step(now), setattr(m.joint, "q", bus.motors[2].joint.q))
+
+
+def calibration(text):
+    def write(tmp_path):
+        (tmp_path / "calibration.json").write_text(text)
+    return write
+
+
+def offsets(value=0.0, hand=H.HAND, drop=0):
+    return calibration(json.dumps({"hand": hand, "offset": {j.name: value for j in H.JOINTS[drop:]}}))
+
+
+def thumb(counts):
+    return lambda bus: bus.zero_offset(12, counts)
+
+
+TOOTH = 4096 // 25
+BROKEN = {
+    # what is wrong: (options of the bus, what is done to it, answers or None for --yes, words of the message)
+    "no power": (dict(ids=()), None, None, "no motor answers at any baud rate"),
+    "factory baud": (dict(baud=57_600), None, None, "talk at 57600 baud"),
+    "1 Mbaud": (dict(baud=1_000_000), None, None, "talk at 1000000 baud"),
+    "3 Mbaud": (dict(baud=3_000_000), None, None, "talk at 3000000 baud"),
+    "one motor at another baud": ({}, broken(baud_rate=3), None, "motor 3 (if_dip) missing"),
+    "one id missing": (dict(ids=[i for i in range(16) if i != 7]), None, None, "motor 7 (mf_dip) missing"),
+    "a finger missing": (dict(ids=range(12)), None, None, "motors 12 (th_cmc), 13 (th_axl), 14 (th_mcp), 15 (th_ipl) missing"),
+    "two motors with one id": ({}, broken(id=5), None, "two motors share an id"),
+    "factory id": ({}, broken(id=1), None, "motor 1 (if_mcp): garbled"),
+    "unknown id": ({}, broken(id=23), None, "there is a motor with id 23"),
+    "dead motor": ({}, lambda bus: bus.silence(9), None, "motor 9 (rf_mcp) missing"),
+    "wrong model": ({}, broken(model_number=1060), None, "model number 1060"),
+    "old firmware": ({}, broken(firmware_version=40), None, "firmware 40 is older"),
+    "position mode": (dict(return_delay=0), every(operating_mode=3, current_limit=350), "n\n", "operating mode is 3, must be 5"),
+    "velocity mode": (dict(return_delay=0), every(operating_mode=1, current_limit=350), "n\n", "operating mode is 1, must be 5"),
+    "return delay": ({}, None, "n\n", "return delay is 250, must be 0"),
+    "reversed": (dict(return_delay=0), broken(drive_mode=1), "n\n", "drive mode is 1, must be 0"),
+    "homing offset": (dict(return_delay=0), every(homing_offset=100, operating_mode=5), "n\n", "homing offset is 100, must be 0"),
+    "current limit": (dict(return_delay=0), every(operating_mode=5, current_limit=900), "n\n", "current limit is 900, must be 350"),
+    "shutdown disabled": (dict(return_delay=0), every(operating_mode=5, shutdown=0), "n\n", "shutdown is 0, must be 53"),
+    "temperature limit": (dict(return_delay=0), every(operating_mode=5, temperature_limit=100), "n\n", "temperature limit is 100"),
+    "torque at power-on": (dict(return_delay=0), every(operating_mode=5, startup_configuration=1), "n\n", "startup is 1, must be 0"),
+    "shadow id": (dict(return_delay=0), every(operating_mode=5, secondary_id=40), "n\n", "secondary id is 40, must be 255"),
+    "PWM limit": (dict(return_delay=0), every(operating_mode=5, pwm_limit=300), "n\n", "PWM limit is 300, must be 885"),
+    "refused setting": ({}, refuses, None, "motor 3 (if_dip) refuses operating mode 5 and keeps 3"),
+    "low voltage": (dict(voltage=3.8), None, None, "supply at the motors is 3.8-3.8 V"),
+    "hardly any voltage": (dict(voltage=3.2), None, None, "input voltage after three reboots"),
+    "12 V supply": (dict(voltage=6.8), None, None, "supply at the motors is 6.8-6.8 V"),
+    "hot": ({}, lambda bus: setattr(bus.motors[3], "temperature", 67.0), None, "motor 3 (if_dip) is at 67 C"),
+    "too hot for the motor": ({}, lambda bus: setattr(bus.motors[3], "temperature", 90.0), None, "overheating after three reboots"),
+    "broken encoder": ({}, stays(8), None, "encoder after three reboots"),
+    "electrical shock": ({}, stays(16), None, "electrical shock after three reboots"),
+    "lasting overload": ({}, stays(32), None, "overload after three reboots"),
+    "half of all packets lost": ({}, lambda bus: bus.rate("drop", 0.5), None, ""),
+    "joint beyond its limits": (dict(stops=None), lambda bus: bus.push(1, -0.9), None, "motor 1 (if_mcp): reads -52 degrees"),
+    "thumb turned by -90 degrees": ({}, thumb(-1024), None, "motor 12 (th_cmc): reads -90 degrees"),
+    "calibration is no JSON": ({}, calibration("{offset"), None, "broken calibration file"),
+    "calibration is empty": ({}, calibration(""), None, "broken calibration file"),
+    "calibration without offsets": ({}, calibration("{}"), None, "broken calibration file"),
+    "calibration is a list": ({}, calibration("[1, 2]"), None, "broken calibration file"),
+    "calibration lacks a joint": ({}, offsets(drop=1), None, "broken calibration file (KeyError: 'if_mcp')"),
+    "calibration with words": ({}, offsets("zero"), None, "broken calibration file"),
+    "calibration of another hand": ({}, offsets(hand="leap-left"), None, "calibration is of another hand (leap-left"),
+    "calibration with NaN": ({}, offsets(float("nan")), None, "offsets beyond 0.2 rad"),
+    "calibration far off": ({}, offsets(1.6), None, "offsets beyond 0.2 rad"),
+    "calibration is a folder": ({}, lambda tmp_path: (tmp_path / "calibration.json").mkdir(), None, "broken calibration file"),
+    "out is a file": ({}, lambda tmp_path: (tmp_path / "out").write_text(""), None, "cannot write to"),
+    # these are found by moving
+    "jammed joint": ({}, lambda bus: bus.stuck(10), None, "motor 10 (rf_pip): does not move"),
+    "mirrored joint": ({}, lambda bus: bus.sign(2, -1), None, "motor 2 (if_pip): turns the wrong way"),
+    "swapped joints": ({}, lambda bus: bus.swap(8, 10), None, "motor 8 (rf_rot)"),
+    "horn a tooth off": ({}, lambda bus: bus.zero_offset(5, TOOTH), None, "motor 5 (mf_mcp): lower stop at -4 degrees, expected -18"),
+    "thumb turned by 90 degrees": ({}, thumb(1024), None, "motor 12 (th_cmc): mounted +90 degrees off"),
+    "no finger on the horn": ({}, lambda bus: setattr(bus.motors[15].joint, "stops", (-99, 99)), None, "motor 15 (th_ipl): turns without end"),
+    "fingers tied together": ({}, tied, None, "moving it moves another joint"),
+    "wrong order": ({}, None, "y\ny\ny\ny\nn\n", "motor ids are swapped"),
+    "overload while moving": ({}, late(lambda bus: bus.overload(4)), None, "motor 4 (mf_rot) shut down: overload"),
+    "cable comes loose": ({}, late(lambda bus: bus.silence(4)), None, "motor 4 (mf_rot) does not answer"),
+    "unplugged while moving": ({}, late(lambda bus: bus.unplug(), 190), None, "is gone"),
+}
+
+
+def run_broken(name, folder):
+    options, spoil, answers, _ = BROKEN[name]
+    folder.mkdir()
+    with new_bus(**options) as bus:
+        if spoil is not None:
+            spoil(folder if name.startswith(("calibration", "out")) else bus)
+        result = check(bus, folder, answers)
+        return *result, driving(bus), (folder / "calibration.json").is_file() and not name.startswith("calibration")
+
+
+@pytest.fixture(scope="module")
+def broken_results(tmp_path_factory):
+    """All of them, a few at a time (they mostly wait for fingers to move), each bus in a process of its own."""
+    folder = tmp_path_factory.mktemp("broken")
+    with ProcessPoolExecutor(3, mp_context=multiprocessing.get_context("fork")) as pool:
+        results = {name: pool.submit(run_broken, name, folder / str(k)) for k, name in enumerate(BROKEN)}
+        return {name: future.result() for name, future in results.items()}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_setup_gives_one_clear_line_and_exit_2(name, broken_results):
+    status, out, errors, still_driving, wrote = broken_results[name]
+    assert status == 2, (out, errors)
+    assert errors.startswith("error: ") and errors.count("\n") == 1, errors
+    assert BROKEN[name][3] in errors
+    assert not wrote and (not still_driving or name in ("unplugged while moving", "cable comes loose"))
+
+
+@pytest.mark.parametrize("path, words", [
+    ("/dev/ttyUSB-none", "is the U2D2 plugged in"), ("/dev/null", "not a working serial device"), ("/tmp", "not a working serial device"),
+    (__file__, "not a working serial device"), ("auto", "no U2D2 found"), ("", "no port")])
+def test_a_broken_port_gives_one_clear_line_and_exit_2(path, words, tmp_path):
+    status, _, errors = check(path, tmp_path)
+    assert status == 2 and words in errors and errors.count("\n") == 1, errors
+
+
+def test_a_port_in_use(bus, hand, tmp_path):
+    status, _, errors = check(bus, tmp_path)
+    assert status == 2 and "in use" in errors and errors.count("\n") == 1
+
+
+def test_a_port_without_permission(bus):
+    lines = f"""if True:
+        import os, sys
+        sys.path.insert(0, {str(ROOT)!r})
+        import hand, dynamixel
+        os.chmod({os.path.realpath(bus.path)!r}, 0)
+        if os.geteuid() == 0:                            # root may open everything
+            os.setgroups([]), os.setgid(65534), os.setuid(65534)
+        hand.run(lambda: dynamixel.DynamixelHand({os.path.realpath(bus.path)!r}))"""
+    done = subprocess.run([sys.executable, "-c", lines], capture_output=True, text=True)
+    assert done.returncode == 2 and "dialout" in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_two_adapters_and_a_stable_name(monkeypatch, tmp_path):
+    class Port:
+        vid, pid = 0x0403, 0x6014
+
+        def __init__(self, device):
+            self.device = device
+    ports = [Port(str(tmp_path / "ttyUSB0")), Port(str(tmp_path / "ttyUSB1"))]
+    (tmp_path / "by-id").mkdir()
+    (tmp_path / "ttyUSB0").touch()
+    (tmp_path / "by-id/usb-FTDI_one").symlink_to(tmp_path / "ttyUSB0")
+    monkeypatch.setattr(dynamixel, "BY_ID", str(tmp_path / "by-id"))
+    monkeypatch.setattr(dynamixel.list_ports, "comports", lambda: ports)
+    with pytest.raises(H.Problem, match="2 adapters found"):
+        dynamixel.find_port()
+    del ports[1]
+    assert dynamixel.find_port().endswith("by-id/usb-FTDI_one")
+    del ports[0]
+    assert dynamixel.find_port() is None
+
+
+def test_a_slow_latency_timer(bus, monkeypatch, tmp_path):
+    (tmp_path / "latency_timer").write_text("16\n")
+    monkeypatch.setattr(dynamixel, "LATENCY", str(tmp_path / "latency_timer"))
+    with pytest.raises(H.Problem, match="latency timer is 16 ms.*tee"):
+        DynamixelHand(bus.path, NO_FILE)
