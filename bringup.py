@@ -143,7 +143,6 @@ def find_stops(hand, trace):
             still = np.where((q - goal > 0.2) & (np.abs(q - last) < 0.01), still + 1, 0)
         stops[these] = np.where(still[these] >= 4, q[these], np.nan)
         hand.target = np.clip(q, LOW, HIGH)
-        hand.target[these] = np.clip(q, LOW, HIGH)[these]
         hand.move_to(np.zeros(N))
     return stops
 

@@ -53,7 +53,7 @@ class Controller:
             self.history[:, -1] = q, self.base
         obs = torch.from_numpy(sim.deployable(self.history, self.wrist, self.axis))
         move = sim.ALPHA * self.policy(obs).clamp(-1, 1)
-        before, self.base = self.base, np.clip(self.base + move[0].numpy(), H.LOW, H.HIGH)
+        before, self.base = self.base, np.clip(self.base + move[0].numpy(), sim.NEAR, sim.FAR)
         if self.residual is None:
             return self.base
         return self.base + self.residual(obs, torch.from_numpy(self.base - before).float()[None])[0].numpy()

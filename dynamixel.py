@@ -184,7 +184,7 @@ class DynamixelHand(Hand):
             raise BusError(f"{self.name} is closed")
         try:
             return call(self.port, *args)
-        except (OSError, TypeError, termios.error) as error:       # pyserial's own errors are OSErrors
+        except (OSError, termios.error) as error:        # pyserial's own errors are OSErrors
             self._fail("unplugged", f"{self.path} is gone ({error}): plug the adapter in again")
         finally:
             if self.port is not None:
@@ -218,7 +218,7 @@ class DynamixelHand(Hand):
             self._beat()
             self._sdk(self.packet.syncReadTx, address, size, missing, len(missing), fast)
             wire = len(missing) * ((size + 11) * 10 / BAUD + (0.0 if self.fast else 5e-4))     # 0.5 ms: factory return delay
-            self.port.setPacketTimeoutMillis(1e3 * (ANSWER + 0.7 * ANSWER * attempt + wire))     # more patience each time
+            self.port.setPacketTimeoutMillis(1e3 * (ANSWER * 1.5 ** attempt + wire))     # more patience each time: 0.25 s in all
             if fast:                                     # one long packet: 8 bytes, then error, id, data, CRC of each motor
                 raw, result = self._sdk(self.packet.rxPacket, True)
                 if result == 0 and raw[4] == 0xFE and len(raw) == 8 + len(missing) * (size + 4):
@@ -234,26 +234,27 @@ class DynamixelHand(Hand):
                         alert |= bool(raw[8] & 0x80)
                         turn = missing.index(raw[4]) + 1
                     elif result == 0 and raw[4] in answers and list(answers[raw[4]]) != raw[9:9 + size]:
-                        for i in missing:                # two different answers of one motor: one of them is old, trust none
-                            answers.pop(i, None)
+                        answers = {}                     # two different answers of one motor: one of them is old, trust none
                         break
                     elif result == -3001 or self.port.isPacketTimeout():
                         break
-            if set(ids) <= answers.keys():
+            if set(ids) <= answers.keys() and (attempt == 0 or not self._drain()):
                 if alert:
                     self.next_health = 0.0               # a motor is in error: look at once
                 return np.stack([answers[i] for i in ids])
-            self._drain()
+            if set(ids) <= answers.keys() or self._drain():
+                answers = {}                             # there was more than was asked for, so some of it may be old
         lost = [i for i in ids if i not in answers]
         self._let_go()                                   # at once; then see who it is
-        silent = [i for i in lost if self._ping(i, 2) is None] or lost
+        silent = [i for i in lost if self._ping(i, 3) is None] or lost
         self._fail("silent", f"{motors(silent)} {'do' if len(silent) > 1 else 'does'} not answer: check cables and supply")
 
     def _drain(self):
-        """Wait until late answers have come in, and drop them: the next packet read must be the answer to the next question."""
-        until = time.monotonic() + 0.02
+        """Drop what still comes in, for the next packet read must be the answer to the next question. Was there anything?"""
+        until, dropped = time.monotonic() + 0.02, False
         while time.monotonic() < until and self._sdk(lambda port: port.ser.read(1024)):
-            pass
+            dropped = True
+        return dropped
 
     def _set(self, address, size, values, ids=MOTOR_ID, name="a setting"):
         """Write and read back until it is so, or BusError."""
@@ -271,8 +272,8 @@ class DynamixelHand(Hand):
         garbled = False
         for _ in range(tries):
             self._beat()
-            model, result, _ = self._sdk(self.packet.ping, i)
-            if result == 0:
+            model, result, error = self._sdk(self.packet.ping, i)
+            if result == 0 and not error & 0x7F:         # 3: the motor got a broken packet, and the answer holds no model
                 return model
             garbled |= result == -3002
         return 0 if garbled else None
@@ -308,7 +309,7 @@ class DynamixelHand(Hand):
             if self.port is not None:
                 for _ in range(3):
                     self.port.ser.write(self.off)
-        except (OSError, TypeError, termios.error):
+        except (OSError, termios.error):
             pass
 
     def rest(self):
@@ -359,8 +360,7 @@ class DynamixelHand(Hand):
             raise Problem(f"{motors(i for i, _ in old)}: firmware {old[0][1]} is older than {FIRMWARE}: update with Dynamixel Wizard")
         yield f"firmware     {', '.join(map(str, sorted(set(table[:, 6]))))}; {'fast' if self.fast else 'ordinary'} sync read"
         self._reboot_if_in_error()
-        self.limit = np.array([CURRENT_LIMIT[m] for m in models])                # A
-        milliamps = np.rint(1000 * self.limit).astype(int)
+        milliamps = np.rint([1000 * CURRENT_LIMIT[m] for m in models]).astype(int)
         for name, (address, size, value) in (EEPROM | {"current limit": (38, 2, milliamps)}).items():
             now = _integers(table, address, size) % (1 << 8 * size)
             wrong = np.flatnonzero(now != value)
@@ -396,7 +396,7 @@ class DynamixelHand(Hand):
                           + (f" (and {motors(silent)} missing)" if silent else "") + ": connect one at a time and set ids with Dynamixel Wizard")
         if len(silent) == N:
             for baud in (57_600, 1_000_000, 2_000_000, 3_000_000, 115_200):
-                self.port.setBaudRate(baud)
+                self._sdk(lambda port: port.setBaudRate(baud))
                 if any(self._sdk(self.packet.ping, i)[1] == 0 for i in (*range(4), *range(4))):
                     raise Problem(f"the motors talk at {baud} baud: set them to {BAUD} (baud rate 6) with Dynamixel Wizard")
             raise Problem("no motor answers at any baud rate: is the 5 V supply on, and the cable in the U2D2's TTL socket?")
@@ -432,10 +432,11 @@ class DynamixelHand(Hand):
 
     # ---- moving
     def health(self):
-        """Error flags, voltage and temperature of every motor. read() asks once a second, and at once when a motor raises its
+        """Torque, error flags, voltage and temperature of every motor. read() asks once a second, and at once when a motor raises its
         alert bit. Lets go and raises when one is not well; reconnect() mends what can be mended."""
         self.next_health = time.monotonic() + 1.0
-        flags, power = self._ask(70, 1)[:, 0], self._ask(144, 3)
+        status, power = self._ask(64, 7), self._ask(144, 3)
+        flags = status[:, 6]
         self.voltage, self.temperature = 0.1 * _integers(power, 0, 2), power[:, 2].astype(float)
         sick = [i for i, f in zip(MOTOR_ID, flags) if f]
         if sick:
@@ -444,6 +445,9 @@ class DynamixelHand(Hand):
             self.hot = REST_UNTIL
             hottest = int(self.temperature.argmax())
             self._fail("rest", f"{motors([MOTOR_ID[hottest]])} is at {self.temperature[hottest]:.0f} C: resting until it is below {REST_UNTIL} C")
+        if self.guardian is not None and not status[:, 0].all():
+            limp = [i for i, on in zip(MOTOR_ID, status[:, 0]) if not on]
+            self._fail("torque", f"{motors(limp)} lost torque without an error, as after an interruption of the supply: check its plugs")
         if not VOLTAGE[0] <= self.voltage.min() <= self.voltage.max() <= VOLTAGE[1]:
             self._fail("input voltage", f"supply at the motors is {self.voltage.min():.1f}-{self.voltage.max():.1f} V, must be "
                                         f"{VOLTAGE[0]}-{VOLTAGE[1]} V: check supply and plugs")
@@ -467,17 +471,17 @@ class DynamixelHand(Hand):
 
     def _engage(self):
         """Torque on at the present pose, under guard. Raises with torque off if anything is not as it must be."""
-        self._set(98, 1, 0)                              # a watchdog that has tripped refuses goals
-        here = _integers(self._ask(132, 4), 0, 4)
-        self._set(116, 4, np.clip(here, self.lowest, self.highest), name="goal position")
         code = inspect.getsource(guard) + f"\nguard({self.port.ser.fileno()}, {SILENCE}, {self.off})"
         self.guardian = subprocess.Popen([sys.executable, "-ISc", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                          bufsize=0, pass_fds=[self.port.ser.fileno()], start_new_session=True)
         os.set_blocking(self.guardian.stdin.fileno(), False)
         if not select.select([self.guardian.stdout], [], [], 5.0)[0] or self.guardian.stdout.read(1) != b"!":
             self._fail("guardian", "the guardian process did not start, and without it there is no torque")
-        self._set(64, 1, 1, name="torque")
+        self._set(98, 1, 0, name="bus watchdog")         # one that has tripped refuses goals
+        here = _integers(self._ask(132, 4), 0, 4)
+        self._set(116, 4, np.clip(here, self.lowest, self.highest), name="goal position")
         self._set(98, 1, WATCHDOG, name="bus watchdog")
+        self._set(64, 1, 1, name="torque")
         self._beat()                                     # frozen meanwhile? then the guardian is gone: let go again
 
 

@@ -246,7 +246,7 @@ def simulate(policy, content, wrists, episodes, seed):
     if kept.sum() < 8:
         raise H.Problem(f"the policy kept the object in {kept.sum()} of {episodes} simulated episodes; train it longer")
     tensor = lambda x: torch.tensor(np.asarray(x)[kept], dtype=torch.float32)
-    return {"q": tensor(np.swapaxes(q, 0, 1)), "a": tensor(np.clip(np.swapaxes(a, 0, 1), H.LOW, H.HIGH)),
+    return {"q": tensor(np.swapaxes(q, 0, 1)), "a": tensor(np.clip(np.swapaxes(a, 0, 1), sim.NEAR, sim.FAR)),
             "wrist": tensor(facts["wrist"]), "axis": tensor(facts["axis"])}
 
 

@@ -328,6 +328,14 @@ class VirtualHand(Hand):
     def read(self):
         return self._reading
 
+    def model(self):
+        """The MjModel, to draw it."""
+        return self._model
+
+    def qpos(self):
+        """The whole configuration, to draw it."""
+        return self._data.qpos.copy()
+
     def object_qpos(self):
         """Position (m) and quaternion of the object, (7,): what an observer sees, not what the hand knows."""
         return self._data.qpos[-7:].copy()

@@ -15,16 +15,21 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+os.environ.setdefault("MUJOCO_GL", "egl")            # films are rendered without a screen; mujoco reads this at import
 import mujoco
 import numpy as np
 from mujoco import rollout
 
 import hand as H
 
+mujoco.set_mju_user_warning(lambda text: None)       # a blow-up is counted by `Rotation`, not logged to a file in the cwd
 CONTROL_HZ = H.CONTROL_HZ
 SUBSTEPS = 6                       # 120 Hz: the joint PD of the paper
 EPISODE = 400                      # control steps, 20 s
 ALPHA = 1 / 24                     # rad: a_t = a_{t-1} + ALPHA * delta_t, |delta_t| <= 1
+REACH = 0.45                       # rad: a policy's targets stay this near the canonical grasp; with the whole range it learns to twist
+#                                    the object half a turn in one stroke and to drop it, with this it has to take a new hold
+NEAR, FAR = np.maximum(H.LOW, H.GRASP - REACH), np.minimum(H.HIGH, H.GRASP + REACH)
 W = 10                             # history length of the deployable observation and of the dynamics model
 FALL = 0.06                        # m: an object further than this from where the grasp held it has fallen
 CACHE = Path(os.environ.get("DEXNDM_CACHE", Path.home() / ".cache" / "dexndm"))
@@ -300,8 +305,8 @@ class Rotation:
         self.history[ids] = np.stack([self.q[ids], self.target[ids]], 1)[:, None]
 
     def step(self, target):
-        """Advance one control step (50 ms) with joint targets (n, 16) rad, clipped to the joint limits."""
-        self.target = np.clip(target, H.LOW, H.HIGH)
+        """Advance one control step (50 ms) with joint targets (n, 16) rad, clipped to the reach of a policy."""
+        self.target = np.clip(target, NEAR, FAR)
         self._ctrl[:] = self.target[:, None]
         before, tips = self.quat.copy(), self.tips.copy()
         if self.randomize:                                   # the paper's push: a force of scale 2 * mass for one step, p = 0.25
@@ -365,6 +370,34 @@ def run_episodes(env, act, record=None, title=None):
         if bar:
             bar(t + 1, f"{RotR.mean() / CONTROL_HZ:.2f} rad, {100 * alive.mean():.0f} % held")
     return {"RotR": RotR, "TTF": held / CONTROL_HZ, "RotP": RotP / np.maximum(held, 1)}
+
+
+def film(model, qpos, path, wrist="palm_up", every=2, size=(320, 320)):
+    """Write a GIF of the configurations `qpos`, a list of (nq,), at half the control rate. The camera holds still in the
+    room, so palm down hangs from above. Without a renderer (MUJOCO_GL=egl needs libegl1) one line says so, nothing fails."""
+    from PIL import Image
+    path = Path(path)
+    try:
+        renderer = mujoco.Renderer(model, *size)
+    except Exception as error:
+        print(f"no film: MuJoCo cannot render here ({str(error)[:80]}); install libegl1 and set MUJOCO_GL=egl", file=sys.stderr)
+        return
+    camera = mujoco.MjvCamera()
+    camera.lookat[:], camera.distance, camera.azimuth, camera.elevation = (-0.01, 0.035, 0.10), 0.38, 150, -25
+    if wrist == "palm_down":
+        camera.elevation = 25
+    data, frames = mujoco.MjData(model), []
+    for q in qpos[::every]:
+        data.qpos[:] = q
+        mujoco.mj_kinematics(model, data)
+        mujoco.mj_camlight(model, data)
+        renderer.update_scene(data, camera)
+        image = renderer.render()
+        frames.append(Image.fromarray(image[::-1, ::-1] if wrist == "palm_down" else image).quantize(64))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    frames[0].save(temporary, "GIF", save_all=True, append_images=frames[1:], duration=1000 * every // CONTROL_HZ, loop=0)
+    temporary.replace(path)
 
 
 # ------------------------------------------------------------------------------------------------------------ grasps

@@ -373,6 +373,15 @@ def test_a_dip_of_the_supply(bus, hand):
     assert driving(bus)
 
 
+def test_a_motor_that_lost_its_power_is_noticed(bus, hand):
+    hold(hand, np.zeros(16), 3)
+    bus.motors[6].boot()                                 # back so fast that no read failed
+    with pytest.raises(H.BusError, match=r"motor 6 \(mf_pip\) lost torque"):
+        hold(hand, np.zeros(16), 60)
+    hand.reconnect()
+    assert bus.motors[6]["position_p_gain"] == 800
+
+
 def test_a_hot_motor_rests_until_it_is_cool(bus, hand):
     hold(hand, np.zeros(16), 3)
     bus.motors[3].temperature = 66.0
