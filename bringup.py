@@ -58,8 +58,8 @@ def main(argv=None):
         judge_nudges(moved, others)
         passed("movement     every joint moves, and only that one")
         if not args.yes and not agree(f"Was that, in this order, {FINGER_ORDER}, each bending towards the palm or back from it?"):
-            raise Problem("joints move in the wrong order: motor ids are swapped; set them with Dynamixel Wizard (id = 4 x finger + side 0, "
-                          "base 1, middle 2, tip 3; thumb 12-15)")
+            raise Problem("joints move in the wrong order: motor ids are swapped; set them with Dynamixel Wizard (id = 4 x finger "
+                          "+ side 0, base 1, middle 2, tip 3; thumb 12-15)")
         hand.move_to(np.zeros(N))
         stops = find_stops(hand, trace)
         hand.move_to(np.zeros(N))
@@ -108,12 +108,12 @@ def nudge_each(hand, trace):
 def judge_nudges(moved, others):
     drawn = np.flatnonzero(others > 0.3 * NUDGE)
     if len(drawn):
-        raise Problem(f"{motors(MOTOR_ID[j] for j in drawn)}: moving it moves another joint by {np.rad2deg(others[drawn[0]]):.0f} degrees: "
-                      "a cable that pulls, or fingers that touch")
+        raise Problem(f"{motors(MOTOR_ID[j] for j in drawn)}: moving it moves another joint by "
+                      f"{np.rad2deg(others[drawn[0]]):.0f} degrees: a cable that pulls, or fingers that touch")
     still = np.flatnonzero(np.abs(moved) < 0.4)
     if len(still):
-        raise Problem(f"{motors(MOTOR_ID[j] for j in still)}: does not move when told to ({100 * moved[still[0]]:.0f} % of the way): "
-                      "jammed joint, something in its way, or a horn screw too tight")
+        raise Problem(f"{motors(MOTOR_ID[j] for j in still)}: does not move when told to ({100 * moved[still[0]]:.0f} % of the "
+                      "way): jammed joint, something in its way, or a horn screw too tight")
     back = np.flatnonzero(moved < 0)
     if len(back):
         raise Problem(f"{motors(MOTOR_ID[j] for j in back)}: moves the wrong way: SIGN in the table of hand.py")
@@ -171,8 +171,8 @@ def judge_stops(stops, offset):
 def table(moved, others, stops, offset):
     print(f"\n{'joint':8} motor  moved  others move  lower stop  table  offset")
     for j, joint in enumerate(JOINTS):
-        print(f"{joint.name:8} {joint.motor_id:5}  {100 * moved[j]:4.0f} %  {np.rad2deg(others[j]):7.1f} deg  {np.rad2deg(stops[j]):6.1f} deg"
-              f"  {np.rad2deg(LOW[j]):5.1f}  {np.rad2deg(offset[j]):+6.1f}")
+        other, stop, low, zero = np.rad2deg([others[j], stops[j], LOW[j], offset[j]])
+        print(f"{joint.name:8} {joint.motor_id:5}  {100 * moved[j]:4.0f} %  {other:7.1f} deg  {stop:6.1f} deg  {low:5.1f}  {zero:+6.1f}")
     print()
 
 

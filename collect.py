@@ -102,7 +102,7 @@ def main():
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes, virtual hand only")
     args = parser.parse_args()
     args.port = H.resolve_port(args.port)
-    if args.hours <= 0:
+    if not 0 < args.hours < 1e4:
         raise H.Problem("--hours must be positive")
     virtual = args.port.startswith("sim")
     args.out = args.out or Path("data") / "-".join([args.port.replace("/", "_").replace(":", ""), args.wrist, args.load, args.source])
@@ -114,7 +114,7 @@ def main():
                  policy=hashlib.sha256(args.policy.read_bytes()).hexdigest()[:16])
     done = {int(p.stem) for p in args.out.glob("[0-9]*.npz")}
     for index in sorted(done)[:1]:                       # goes on only with what it began
-        old = sim.load_npz(args.out / f"{index:05d}.npz")
+        old = sim.load_npz(args.out / f"{index:05d}.npz", *facts)
         for name, value in facts.items():
             if str(old[name]) != str(value):
                 raise H.Problem(f"{args.out} holds trajectories with {name} {old[name]}, not {value}; choose another --out")

@@ -150,7 +150,7 @@ class DynamixelHand(Hand):
                 self.port = PortHandler(self.path)
                 self.port.setBaudRate(BAUD)
                 self.port.ser.exclusive = True
-                self.port.ser.timeout, self.port.ser.write_timeout = 0.001, 0.2     # wait for bytes, do not spin
+                self.port.ser.timeout, self.port.ser.write_timeout = 0.001, 1.0     # wait for bytes, do not spin
                 break
             except (OSError, termios.error, ValueError) as error:
                 self._close_port()
@@ -196,7 +196,8 @@ class DynamixelHand(Hand):
             try:
                 os.write(self.guardian.stdin.fileno(), b".")
             except OSError:
-                self._fail("guardian", f"no sign of life for {SILENCE} s (paused, frozen or too slow), so the guardian switched torque off")
+                self._fail("guardian", f"no sign of life for {SILENCE} s (paused, frozen or too slow), so the guardian switched "
+                                       "torque off")
 
     def _tell(self, address, size, values, ids=MOTOR_ID):
         """Sync write, which no motor answers. values: integers, one or one per motor."""
@@ -357,7 +358,8 @@ class DynamixelHand(Hand):
         table = self._ask(0, 64)
         old = [(i, f) for i, f in zip(MOTOR_ID, table[:, 6]) if f < FIRMWARE]
         if old:
-            raise Problem(f"{motors(i for i, _ in old)}: firmware {old[0][1]} is older than {FIRMWARE}: update with Dynamixel Wizard")
+            raise Problem(f"{motors(i for i, _ in old)}: firmware {old[0][1]} is older than {FIRMWARE}: update it with "
+                          "Dynamixel Wizard")
         yield f"firmware     {', '.join(map(str, sorted(set(table[:, 6]))))}; {'fast' if self.fast else 'ordinary'} sync read"
         self._reboot_if_in_error()
         milliamps = np.rint([1000 * CURRENT_LIMIT[m] for m in models]).astype(int)
@@ -381,8 +383,9 @@ class DynamixelHand(Hand):
         outside = np.flatnonzero((q < LOW - SLACK) | (q > HIGH + SLACK))
         if len(outside):
             j = outside[0]
-            raise Problem(f"{motors(MOTOR_ID[k] for k in outside)}: reads {np.rad2deg(q[j]):.0f} degrees, limits are {np.rad2deg(LOW[j]):.0f} to "
-                          f"{np.rad2deg(HIGH[j]):.0f}: horn or motor mounted wrongly, or ids swapped; a flat open hand must read 0")
+            raise Problem(f"{motors(MOTOR_ID[k] for k in outside)}: reads {np.rad2deg(q[j]):.0f} degrees, limits are "
+                          f"{np.rad2deg(LOW[j]):.0f} to {np.rad2deg(HIGH[j]):.0f}: horn or motor mounted wrongly, or ids swapped; "
+                          "a flat open hand must read 0")
         yield "joints       all within their limits"
         self.hot = REST_ABOVE
 
@@ -392,8 +395,8 @@ class DynamixelHand(Hand):
         silent = [i for i, m in zip(MOTOR_ID, models) if m is None]
         garbled = [i for i, m in zip(MOTOR_ID, models) if m == 0]
         if garbled:
-            raise Problem(f"{motors(garbled)}: garbled answers, as when two motors share an id"
-                          + (f" (and {motors(silent)} missing)" if silent else "") + ": connect one at a time and set ids with Dynamixel Wizard")
+            raise Problem(f"{motors(garbled)}: garbled answers, as when two motors share an id" + (
+                f" (and {motors(silent)} missing)" if silent else "") + ": connect one at a time and set ids with Dynamixel Wizard")
         if len(silent) == N:
             for baud in (57_600, 1_000_000, 2_000_000, 3_000_000, 115_200):
                 self._sdk(lambda port: port.setBaudRate(baud))
@@ -444,10 +447,12 @@ class DynamixelHand(Hand):
         if self.temperature.max() >= self.hot:
             self.hot = REST_UNTIL
             hottest = int(self.temperature.argmax())
-            self._fail("rest", f"{motors([MOTOR_ID[hottest]])} is at {self.temperature[hottest]:.0f} C: resting until it is below {REST_UNTIL} C")
+            self._fail("rest", f"{motors([MOTOR_ID[hottest]])} is at {self.temperature[hottest]:.0f} C: resting until it is below "
+                               f"{REST_UNTIL} C")
         if self.guardian is not None and not status[:, 0].all():
             limp = [i for i, on in zip(MOTOR_ID, status[:, 0]) if not on]
-            self._fail("torque", f"{motors(limp)} lost torque without an error, as after an interruption of the supply: check its plugs")
+            self._fail("torque", f"{motors(limp)} lost torque without an error, as after an interruption of the supply: check "
+                                 "its plugs")
         if not VOLTAGE[0] <= self.voltage.min() <= self.voltage.max() <= VOLTAGE[1]:
             self._fail("input voltage", f"supply at the motors is {self.voltage.min():.1f}-{self.voltage.max():.1f} V, must be "
                                         f"{VOLTAGE[0]}-{VOLTAGE[1]} V: check supply and plugs")

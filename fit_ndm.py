@@ -24,7 +24,7 @@ import torch.nn as nn
 import hand as H
 import sim
 from sim import W
-from train_policy import FAMILIES, load_checkpoint, load_policy, save_checkpoint, targets
+from train_policy import FAMILIES, load_network, load_policy, save_checkpoint, targets
 
 GROUPS = {"joint": 16, "finger": 4, "whole": 1}     # how many models share the hand: 16 x 1, 4 x 4 or 1 x 16 joints
 HIDDEN = {"joint": 64, "finger": 128, "whole": 256}
@@ -204,10 +204,7 @@ def fit_residual(f, data, steps, size_cost, change_cost, seed=0, batch=1024):
 
 
 def load_residual(path):
-    content = load_checkpoint(path, "residual")
-    residual = Residual(**content["config"])
-    residual.load_state_dict(content["weights"])
-    return residual.eval(), content
+    return load_network(path, "residual", Residual)
 
 
 # ------------------------------------------------------------------------------------------------------------ data

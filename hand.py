@@ -267,6 +267,8 @@ class VirtualHand(Hand):
         spec = sim.build(load if isinstance(load, tuple) else None, box_of_balls=load == "balls", wrist=sim.WRISTS[wrist],
                          timestep=1 / (CONTROL_HZ * substeps), damping=viscous, armature=armature, backlash=self._backlash)
         self._model, self.substeps = spec.compile(), substeps
+        # MuJoCo's constraints are soft by default: stiction crept at 10 mrad/s, and a fingertip leant 2 degrees into the stops of its play
+        self._model.dof_solimp[:, :2] = self._model.jnt_solimp[:, :2] = 0.999
         if isinstance(load, tuple):
             self._model.geom_solref[self._model.geom_bodyid == self._model.body("object").id, 0] = contact_time
         self._data = mujoco.MjData(self._model)

@@ -7,6 +7,7 @@ the right hand is at -y. The wrist does not turn the hand, it turns gravity; so 
 for every wrist.
 """
 import copy
+import ctypes.util
 import hashlib
 import json
 import os
@@ -15,7 +16,8 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-os.environ.setdefault("MUJOCO_GL", "egl")            # films are rendered without a screen; mujoco reads this at import
+if ctypes.util.find_library("EGL"):                  # films are rendered without a screen; mujoco reads this at import, and
+    os.environ.setdefault("MUJOCO_GL", "egl")        # cannot be imported at all if it says egl and there is none
 import mujoco
 import numpy as np
 from mujoco import rollout

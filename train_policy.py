@@ -37,14 +37,15 @@ FAMILIES = {
 # ------------------------------------------------------------------------------------------- observation and reward
 # r = a_rot r_rot + a_goal r_goal + a_pen r_pen. Weights that the paper gives are the paper's, but for these:
 C_ROT = 0.5            # rad/s, clip of the rewarded rotation; at 0.7 it twists the object half a turn in 4 s and drops it
-A_ROT = 2.5            # not given; at 1.0 a policy settles for holding (1.6 rad against 3.7 after 3 M steps)
-A_POSE = 0.3
+A_ROT = 5.0            # not given; at 2.5 a policy settles for holding (1 rad, 19 s)
+A_POSE = 1.0           # paper 0.3; makes it worth while to lift fingers one by one and take a new hold
+ALIVE = 1.0            # ours: keeps a held object worth more than a thrown one
 A_LIN, A_TORQUE = 0.3, 0.1
 A_WORK = 0.2           # paper 2.0, in the units of another simulator; at 2.0 it outweighs the rotation
 A_ROTP = 0.1           # grows linearly from 0 at the 10th episode to this at the 100th
 A_GOAL, GOAL_BONUS = 0.05, 1.0
-A_CONTACT = 0.2        # ours: per fingertip in contact, up to three; fingers that let go learn nothing
-A_POS = 15.0           # ours, per m from where the grasp held it: objects are squeezed out sideways long before they fall
+A_CONTACT = 0.1        # ours: per fingertip in contact, up to three; fingers that let go learn nothing
+A_POS = 10.0           # ours, per m from where the grasp held it: objects are squeezed out sideways long before they fall
 FALL_PENALTY = 20.0    # ours: a hold must be worth more than the last quarter turn before a drop
 
 
@@ -93,7 +94,7 @@ class Task:
                  - A_TORQUE * (tau ** 2).sum(1))
         contacts = np.minimum((env.contact[:, :, 0] > 0).sum(1), 3)
         drift = np.minimum(np.linalg.norm(env.pos - env.home, axis=1), sim.FALL)
-        return A_ROT * r_rot + A_GOAL * r_goal + r_pen + A_CONTACT * contacts - A_POS * drift - FALL_PENALTY * env.fallen
+        return ALIVE + A_ROT * r_rot + A_GOAL * r_goal + r_pen + A_CONTACT * contacts - A_POS * drift - FALL_PENALTY * env.fallen
 
     def observe(self):
         """The privileged observation (n, 254), float32, the blocks of the paper's table; what mattered most: contacts
@@ -198,24 +199,32 @@ def load_checkpoint(path, kind):
     """A dict that `save_checkpoint` wrote. Raises `Problem` if it is missing, broken, of another kind or another hand."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-        found, name = content["kind"], content["hand"]
+        found, name, joints = content["kind"], content["hand"], content["joints"]
     except FileNotFoundError:
         raise H.Problem(f"{path} is not there; train it, or name another file")
     except Exception as error:
         raise H.Problem(f"{path} is not a checkpoint of this program ({type(error).__name__})")
     if found != kind:
         raise H.Problem(f"{path} holds a {found}, not a {kind}")
-    if name != H.HAND or content["joints"] != [j.name for j in H.JOINTS]:
+    if name != H.HAND or joints != [j.name for j in H.JOINTS]:
         raise H.Problem(f"{path} is for the hand {name}; the table in hand.py describes {H.HAND}")
     return content
 
 
+def load_network(path, kind, network):
+    """The `network` class in `path` with its weights, and what else the file says. Raises `Problem` as `load_checkpoint` does."""
+    content = load_checkpoint(path, kind)
+    try:
+        net = network(**content["config"])
+        net.load_state_dict(content["weights"])
+    except (KeyError, TypeError, RuntimeError):
+        raise H.Problem(f"{path} was written by another version of this program; train it again")
+    return net.eval(), content
+
+
 def load_policy(path):
     """The generalist in `path`, ready to be called on (n, 327) float32 tensors, and what else the file says."""
-    content = load_checkpoint(path, "policy")
-    policy = Generalist(**content["config"])
-    policy.load_state_dict(content["weights"])
-    return policy.eval(), content
+    return load_network(path, "policy", Generalist)
 
 
 @torch.no_grad()
@@ -406,6 +415,8 @@ def distil(oracles, args, minutes, path):
         result = sim.run_episodes(env, act, watch)
         x, y = torch.stack(xs, 1), torch.stack(ys, 1)        # (n, 400, ...)
         keep = torch.from_numpy(lasted) if cloning else torch.ones(n, dtype=torch.bool)
+        if not keep.any():                                   # nothing lasted yet: better imitate that than nothing
+            keep[:] = True
         if rounds == 0:
             student.norm.update(x[keep].float().reshape(-1, x.shape[2]))
         X, Y = (X + [x[keep].reshape(-1, x.shape[2])])[-buffer:], (Y + [y[keep].reshape(-1, H.N)])[-buffer:]
@@ -490,6 +501,8 @@ def main():
     strange = [f for f in families_of(args) if f not in FAMILIES]
     if strange:
         raise H.Problem(f"no family is called {', '.join(strange)}; there are {', '.join(FAMILIES)}")
+    if not args.minutes > 0 or args.envs < 4:
+        raise H.Problem("--minutes must be positive and --envs at least 4")
     share = 0.8 * args.minutes / len(args.family)
     curve, oracles = [], []
     for family in args.family:

@@ -1,9 +1,9 @@
 """A night of collection in ten minutes: `python tests/soak.py --minutes 10`
 
-Runs collect.py against an emulated bus in a process of its own that loses 1 % and corrupts 0.5 % of all packets, with an overload every
-minute, the adapter unplugged every two, and every one or two minutes the collection killed (or frozen, then killed) and started again. Shorter
-runs have the same number of faults. The second half has motors with the faulty watchdog of firmware 51.
-Prints what was finished, lost and seen by the bus; exit status 1 if anything was lost, torn, outside the limits or too late.
+Runs collect.py against an emulated bus in a process of its own that loses 1 % and corrupts 0.5 % of all packets, with an
+overload every minute, the adapter unplugged every two, and every one or two minutes the collection killed (or frozen, then
+killed) and started again. Shorter runs have the same number of faults. The second half has motors with the faulty watchdog of
+firmware 51. Prints what was finished, lost and seen by the bus; exit status 1 if anything was lost, torn, outside the limits or too late.
 """
 import argparse
 import json

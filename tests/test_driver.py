@@ -24,7 +24,6 @@ from emulated_bus import EmulatedBus
 
 BY_MOTOR = [H.JOINTS[k] for k in np.argsort(H.MOTOR_ID)]
 LIMITS = [(j.low, j.high) for j in BY_MOTOR]
-ALL_AT_ONCE = np.argsort(H.MOTOR_ID)             # values by joint -> by motor id
 NO_FILE = "/nonexistent/calibration.json"
 
 
@@ -202,7 +201,6 @@ def test_current_limit_follows_the_model():
 
 
 def test_move_to_is_slow_and_arrives(bus, hand):
-    fastest = 0.0
     hand.move_to(H.GRASP)
     assert np.abs(hold(hand, H.GRASP, 10).q - H.GRASP).max() < 0.06
     assert max(bus.stats["max_step"].values()) * dynamixel.COUNT <= H.MOVE_SPEED / H.CONTROL_HZ + 2 * dynamixel.COUNT

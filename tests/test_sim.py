@@ -1,4 +1,5 @@
 """The world against published figures, hand-worked cases, and itself at other time steps and thread counts."""
+import os
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -338,3 +339,22 @@ def test_bad_files_are_problems(tmp_path):
             sim.load_npz(tmp_path / f"{name}.npz", "a")
     with pytest.raises(H.Problem, match="has no b"):
         sim.load_npz(tmp_path / "good.npz", "b")
+
+
+def test_without_a_renderer_everything_runs_but_the_film(tmp_path):
+    """As on a machine without libEGL, which MuJoCo finds through ctypes."""
+    code = ("import ctypes.util, sys\n"
+            "find = ctypes.util.find_library\n"
+            "ctypes.util.find_library = lambda name: None if 'GL' in name else find(name)\n"
+            "load = ctypes.CDLL.__init__\n"
+            "def init(self, name, *a, **k):\n"
+            "    if 'GL' in str(name): raise OSError(name)\n"
+            "    load(self, name, *a, **k)\n"
+            "ctypes.CDLL.__init__ = init\n"
+            "import sim\n"
+            "model = sim.build().compile()\n"
+            "sim.film(model, [model.qpos0] * 4, sys.argv[1])")
+    environment = {k: v for k, v in os.environ.items() if k not in ("MUJOCO_GL", "DISPLAY")}
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "film.gif"], cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0 and "no film" in done.stderr and "libegl1" in done.stderr, done.stderr
+    assert not (tmp_path / "film.gif").exists()

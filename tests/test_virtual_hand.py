@@ -100,14 +100,13 @@ def test_static_friction_holds_below_its_threshold_and_yields_above():
     hand = floating(2)
     threshold = (hand._base + hand._stribeck) / (1 - hand._load - hand._load_s)
     stiffness = hand._gain * H.P_GAIN / (256 * 885) / COUNT * hand._volt / hand._R * hand._kt
-    here = hand.read().q - hand._zero                                    # a command is in encoder angles
-    for share, moves in ((0.6, False), (1.7, True)):
+    for share, moves in ((0.7, False), (1.5, True)):
         hand.place(np.full(16, 0.1))
         start = hand._data.qpos[hand._qadr].copy()
-        seen = np.round((start + hand._zero) / COUNT) * COUNT
+        seen = np.round((start + hand._zero) / COUNT) * COUNT            # a command is in encoder angles
         ticks(hand, seen + share * threshold / stiffness, 20)
         moved = np.abs(hand._data.qpos[hand._qadr] - start)
-        assert (moved > 0.1 * threshold / stiffness).all() if moves else (moved < 0.0005).all()
+        assert (moved > 0.3 * threshold / stiffness).all() if moves else (moved < 0.0003).all()
 
 
 def test_the_link_has_exactly_the_play_of_its_gears_and_the_encoder_does_not_feel_it():
@@ -115,12 +114,13 @@ def test_the_link_has_exactly_the_play_of_its_gears_and_the_encoder_does_not_fee
     play = np.array([hand._model.joint(f"{j.name}_play").dofadr[0] for j in H.JOINTS])
     where = np.array([hand._model.joint(f"{j.name}_play").qposadr[0] for j in H.JOINTS])
     link, seen = [], []
-    for push in (0.002, -0.002):                                         # N m on the link: far below what moves the motor
+    ticks(hand, np.zeros(16), 10)
+    for push in (0.005, -0.005):                                         # N m on the link: less than what moves the motor
         hand._data.qfrc_applied[play] = push
-        ticks(hand, np.zeros(16), 30)
-        link.append(hand._data.qpos[hand._qadr] + hand._data.qpos[where])
+        ticks(hand, np.zeros(16), 20)
+        link.append(hand._data.qpos[where].copy())
         seen.append(hand.read().q)
-    assert link[0] - link[1] == pytest.approx(hand._backlash, rel=0.15)
+    assert link[0] - link[1] == pytest.approx(hand._backlash, rel=0.05)
     assert np.abs(seen[0] - seen[1]).max() <= 1.01 * COUNT
 
 
@@ -251,7 +251,7 @@ def test_a_command_that_is_none_moves_nothing(target):
 
 
 def test_move_to_arrives_slowly_and_within_limits():
-    with H.open_hand("sim:3") as hand:
+    with floating(3) as hand:
         sent, write = [], hand._write
         hand._write = lambda target: (sent.append(target), write(target))
         for goal in (np.zeros(16), H.GRASP, H.GRASP + 0.05):
@@ -261,7 +261,7 @@ def test_move_to_arrives_slowly_and_within_limits():
             assert sent[-1] == pytest.approx(goal)
             steps = np.abs(np.diff([start, *sent], axis=0))
             assert steps.max() <= H.MOVE_SPEED / H.CONTROL_HZ + 1e-9
-            assert np.abs(hand.read().q - goal).max() < 0.15
+            assert np.abs(hand.read().q - goal).max() < 0.1
         speeds = []
         for seconds in (0.1, 3.0):
             hand.place(np.zeros(16))
