@@ -2,6 +2,7 @@
 
     python deploy.py --port sim:1 --wrist palm_down --episodes 3 --gif hand.gif
     python deploy.py --port sim:1 --compare --episodes 100 --json results.json      # ceiling, base, residual
+    python deploy.py --table results/sim*.json                                       # several hands as a table and bars
     python deploy.py --port sim:1 --base --record data/sim1-task                     # trajectories for fit_ndm.py --test
     python deploy.py --port /dev/ttyUSB0 --wrist palm_up --axis +z                   # a real hand
 
@@ -172,6 +173,43 @@ def compare(args, pool):
     return report
 
 
+def gap_table(files, picture):
+    """The reports of several --compare runs as one table with mean and spread over hands, and as bars."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    reports = []
+    for file in files:
+        try:
+            reports.append(json.loads(Path(file).read_text()))
+            reports[-1]["recovered"], reports[-1]["ceiling"]["RotR"]
+        except (OSError, ValueError, KeyError, TypeError):
+            raise H.Problem(f"{file} is not a file that --compare --json wrote")
+    kinds = ("ceiling", "base", "residual")
+    rows = {m: np.array([[r[kind][m] for kind in kinds] for r in reports]) for m in ("RotR", "TTF", "RotP")}
+    print("hand            turned, rad                TTF, s                  lost   recovered\n"
+          "          ceiling   base  residual   ceiling  base  residual")
+    lost = 1 - rows["RotR"][:, 1] / rows["RotR"][:, 0]
+    recovered = np.array([np.nan if r["recovered"] is None else r["recovered"] for r in reports])
+    line = lambda name, r, t, l, c: print(f"{name:<9} {r[0]:7.2f} {r[1]:6.2f} {r[2]:9.2f}   {t[0]:7.1f} {t[1]:5.1f} {t[2]:9.1f}   {100 * l:4.0f} %   {100 * c:5.0f} %")
+    for i, report in enumerate(reports):
+        line(report["port"], rows["RotR"][i] / HZ, rows["TTF"][i], lost[i], recovered[i])
+    for name, f in (("mean", np.nanmean), ("std", np.nanstd)):
+        line(name, f(rows["RotR"], 0) / HZ, f(rows["TTF"], 0), f(lost), f(recovered))
+    figure, axes = plt.subplots(1, 2, figsize=(11, 3.6), layout="constrained")
+    for axis, metric, scale, label in ((axes[0], "RotR", 1 / HZ, "radians turned in 20 s"), (axes[1], "TTF", 1, "time to fall, s")):
+        for k, (kind, color) in enumerate(zip(kinds, ("0.7", "tab:red", "tab:green"))):
+            sem = [r[kind]["spread"][metric]["sem"] * scale for r in reports]
+            axis.bar(np.arange(len(reports)) + 0.27 * (k - 1), rows[metric][:, k] * scale, 0.25, yerr=sem, color=color,
+                     label={"ceiling": "training simulator", "base": "hand, policy alone", "residual": "hand, policy + residual"}[kind])
+        axis.set_xticks(range(len(reports)), [r["port"] for r in reports])
+        axis.set_ylabel(label)
+    axes[0].legend(fontsize=8)
+    figure.savefig(picture, dpi=90)
+    print(f"bars in {picture}")
+
+
 def on_a_real_hand(args):
     policy, _ = load_policy(args.policy)
     residual = None if args.base else load_residual(args.residual)[0]
@@ -206,8 +244,11 @@ def main():
     parser.add_argument("--record", type=Path, help="folder for one .npz per episode that lasted 20 s")
     parser.add_argument("--gif", type=Path)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--table", nargs="+", type=Path, help="only print and draw (gap.png beside the first) these --json files of --compare")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     args = parser.parse_args()
+    if args.table:
+        return gap_table(args.table, args.table[0].with_name("gap.png"))
     args.port = H.resolve_port(args.port)
     if args.episodes < 1:
         raise H.Problem("--episodes must be at least 1")

@@ -253,16 +253,16 @@ class VirtualHand(Hand):
         self._mj, self.load, self.seed = mujoco, load, seed
         rng = np.random.default_rng([seed, 2510])
         draw = lambda low, high: rng.uniform(low, high, N)
-        self._gain, self._volt = draw(0.80, 1.0), rng.uniform(4.4, 4.9)        # cables and load pull a 5 V supply down
-        self._kt, self._R = KT * draw(0.92, 1.05), RESISTANCE * draw(0.97, 1.12)
+        self._gain, self._volt = draw(0.85, 1.0), rng.uniform(4.6, 4.9)        # cables and load pull a 5 V supply down
+        self._kt, self._R = KT * draw(0.95, 1.05), RESISTANCE * draw(0.97, 1.08)
         self._limit = CURRENT_LIMIT[1200] * draw(0.9, 1.0)
-        self._base, self._stribeck = 0.0088 * draw(1.0, 2.5), 0.0047 * draw(0.5, 2.0)
-        self._load, self._load_s = 0.068 * draw(0.8, 1.8), 0.0738 * draw(0.8, 1.8)
-        self._zero = np.radians(draw(-0.8, 0.8))             # what a careful calibration leaves
+        self._base, self._stribeck = 0.0088 * draw(0.7, 1.3), 0.0047 * draw(0.7, 1.3)    # around the identified motor
+        self._load, self._load_s = 0.068 * draw(0.7, 1.3), 0.0738 * draw(0.7, 1.3)
+        self._zero = np.radians(draw(-0.6, 0.6))             # what a careful calibration leaves
         self._backlash = np.radians(draw(0.25, 0.5))
-        self._command_delay, self._read_delay = rng.uniform(0.006, 0.018), rng.uniform(0.003, 0.010)
-        self._rubber, contact_time = rng.uniform(0.8, 1.1), rng.uniform(0.012, 0.018)
-        viscous, armature = 0.0046 * draw(0.8, 1.6), ARMATURE * draw(0.95, 1.1)
+        self._command_delay, self._read_delay = rng.uniform(0.004, 0.012), rng.uniform(0.003, 0.008)
+        self._rubber, contact_time = rng.uniform(0.85, 1.05), rng.uniform(0.012, 0.018)
+        viscous, armature = 0.0046 * draw(0.7, 1.3), ARMATURE * draw(0.95, 1.1)
 
         spec = sim.build(load if isinstance(load, tuple) else None, box_of_balls=load == "balls", wrist=sim.WRISTS[wrist],
                          timestep=1 / (CONTROL_HZ * substeps), damping=viscous, armature=armature, backlash=self._backlash)

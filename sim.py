@@ -137,11 +137,12 @@ def _centre():
 
 def _chaos_box(spec, bit, hand_bits, n=24, low=(-0.12, -0.07, 0.03), high=(0.09, 0.145, 0.19)):
     """The Chaos Box: a closed box (corners in m) full of soft foam balls that press on the fingers at random.
-    A ball is three slides and no rotation: it loads the joints just as well at half the degrees of freedom."""
+    A ball is three slides and no rotation, and rubs on nothing but the hand: it loads the joints just as well at half the
+    degrees of freedom and a third of the constraints."""
     low, high = np.array(low), np.array(high)
     for axis in range(3):
         for sign, edge in ((1.0, low), (-1.0, high)):
-            wall = spec.worldbody.add_geom(type=mujoco.mjtGeom.mjGEOM_PLANE, size=(0.3, 0.3, 0.01), contype=0, conaffinity=bit,
+            wall = spec.worldbody.add_geom(type=mujoco.mjtGeom.mjGEOM_PLANE, size=(0.3, 0.3, 0.01), contype=0, conaffinity=bit, condim=1,
                                            pos=np.where(np.arange(3) == axis, edge, (low + high) / 2), rgba=(0.6, 0.7, 0.8, 0.1))
             wall.alt.type = mujoco.mjtOrientation.mjORIENTATION_ZAXIS
             wall.alt.zaxis = sign * np.eye(3)[axis]
@@ -151,7 +152,7 @@ def _chaos_box(spec, bit, hand_bits, n=24, low=(-0.12, -0.07, 0.03), high=(0.09,
         for axis in np.eye(3):
             body.add_joint(type=mujoco.mjtJoint.mjJNT_SLIDE, axis=axis, damping=0.05)
         body.add_geom(type=mujoco.mjtGeom.mjGEOM_SPHERE, size=(rng.uniform(0.022, 0.03), 0, 0), mass=0.008, contype=bit,
-                      conaffinity=hand_bits | bit, condim=3, friction=(0.5, 0, 0), solref=(0.03, 1), rgba=(0.3, 0.55, 0.85, 1))
+                      conaffinity=hand_bits | bit, condim=1, friction=(0.5, 0, 0), solref=(0.03, 1), rgba=(0.3, 0.55, 0.85, 1))
 
 
 def build(obj=None, *, box_of_balls=False, wrist=(1, 0, 0, 0), timestep=1 / (CONTROL_HZ * SUBSTEPS),

@@ -424,7 +424,7 @@ def distil(oracles, args, minutes, path):
         left = 1 - (time.monotonic() - start) / (minutes * 60)
         for group in opt.param_groups:
             group["lr"] = 1e-3 * max(left, 0.05)
-        for _ in range(250):
+        for _ in range(400):
             which = torch.randint(len(X), (1,)).item() if rounds > 1 else 0
             idx = torch.randint(len(X[which]), (2048,))
             loss = (student(X[which][idx].float()) - Y[which][idx].float()).pow(2).mean()

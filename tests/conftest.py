@@ -36,8 +36,9 @@ def small_cache(obj, n=24):
         sim.save_npz(asked[0], grasps=sim.grasp_cache(obj, n=n, seed=1, progress=False))
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="session")
 def grasps():
+    """Wanted by every test that holds a cube of the toy family."""
     for obj in CUBE:
         small_cache(obj)
 

@@ -132,7 +132,7 @@ def test_the_observation_is_the_one_that_is_deployed():
     torch.testing.assert_close(ours, torch.from_numpy(sim.deployable(history, wrist, axis)), rtol=1e-5, atol=1e-5)
 
 
-def test_the_controller_on_a_hand_does_what_the_policy_does_in_simulation():
+def test_the_controller_on_a_hand_does_what_the_policy_does_in_simulation(grasps):
     torch.manual_seed(0)
     policy = T.Generalist(width=16, blocks=2).eval()
     env = sim.Rotation(1, CUBE[:1], ["palm_down"], ["-z"], randomize=False, noise=0, progress=False)

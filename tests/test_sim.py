@@ -14,6 +14,8 @@ import sim
 import train_policy as T
 from conftest import CUBE, ROOT
 
+pytestmark = pytest.mark.usefixtures("grasps")
+
 # LEAP Hand (right) as its URDF publishes it, copied by hand: position and quaternion of each link in its parent, joint about
 # -z of the link; the last entry is the centre of the fingertip.
 ACROSS, DOWN, BACK = (0.500003, 0.5, 0.5, -0.499997), (0.500003, -0.5, -0.499997, 0.5), (0.500003, 0.5, -0.5, 0.499997)
