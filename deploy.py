@@ -115,8 +115,9 @@ def virtual_episode(job):
     referee = Referee(hand, axis, [] if film else None)
     data = episode(hand, Controller(policy, residual, wrist, axis, g[23:]), referee)
     if args.record and len(data["q"]) == sim.EPISODE:
-        sim.save_npz(args.record / f"{number:05d}.npz", **data, hand=H.HAND, wrist=wrist, load=obj.name, source="deploy", sigma=0.0,
-                     seed=args.seed, index=number, port=args.port)
+        index = 10000 * args.wrist.index(wrist) + number
+        sim.save_npz(args.record / f"{index:05d}.npz", **data, hand=H.HAND, wrist=wrist, load=obj.name, source="deploy", sigma=0.0,
+                     seed=args.seed, index=index, port=args.port)
     if film:
         sim.film(hand.model(), referee.film, film, wrist)
     return referee.result()

@@ -10,6 +10,7 @@ physics         RotR and TTF of every shipped policy with other numerics over th
 bus             one reading and one command on the emulated motor bus over the time of their bits on a wire of 4 Mbaud
 """
 import argparse
+import inspect
 import sys
 import time
 from pathlib import Path
@@ -87,9 +88,14 @@ def environment():
 
 
 def fit():
+    for batch in (inspect.signature(F.fit).parameters["batch"].default, 64):
+        fit_steps(batch)
+
+
+def fit_steps(batch):
     torch.manual_seed(0)
     q, a = torch.randn(16, 200, 16).mul(0.05).cumsum(1), torch.randn(16, 200, 16).mul(0.05).cumsum(1)
-    batch, loops = 2048, 5
+    loops = 5
     model = F.Dynamics(16, F.HIDDEN["joint"])
     hidden = F.HIDDEN["joint"]
     nets = [nn.Sequential(nn.Linear(2 * sim.W, hidden), nn.Tanh(), nn.Linear(hidden, hidden), nn.Tanh(), nn.Linear(hidden, 1)) for _ in range(16)]
@@ -114,7 +120,7 @@ def fit():
                 opt_i.step()
 
     spent = alternate(batched, loop, blocks=4 if args.quick else 20)
-    show("fit: batched joint-wise model over a loop of 16 networks", f"{spent[1] / spent[0]:.2f}", ">= 5")
+    show(f"fit: batched joint-wise model over 16 networks, batch {batch}", f"{spent[1] / spent[0]:.2f}", ">= 5")
 
 
 class Nothing(H.Hand):

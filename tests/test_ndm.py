@@ -235,7 +235,7 @@ class Attack:
 def test_no_checkpoint_runs_code(tmp_path):
     struck = tmp_path / "struck"
     torch.save({"kind": "policy", "hand": H.HAND, "joints": Attack(struck)}, tmp_path / "torch.pt")
-    (tmp_path / "pickle.pt").write_bytes(pickle.dumps({"kind": "policy", "hand": H.HAND, "joints": Attack(struck)}))
+    (tmp_path / "pickle.pt").write_bytes(pickle.dumps({"kind": "policy", "hand": H.HAND, "joints": Attack(struck)}, protocol=2))
     for name in ("torch", "pickle"):
         with pytest.raises(H.Problem, match=name):
             T.load_checkpoint(tmp_path / f"{name}.pt", "policy")
@@ -248,12 +248,12 @@ def test_bad_checkpoints_are_problems(tmp_path, toy_policy, monkeypatch):
     whole = toy_policy.read_bytes()
     for name, data in (("torn", whole[:len(whole) // 2]), ("text", b"hello"), ("empty", b"")):
         (tmp_path / f"{name}.pt").write_bytes(data)
-    torch.save(torch.zeros(3), tmp_path / "tensor.pt")
+    torch.save([1, 2, 3], tmp_path / "list.pt")
     torch.save({"kind": "policy", "hand": H.HAND}, tmp_path / "bare.pt")
     good = torch.load(toy_policy, weights_only=True)
     torch.save(good | {"config": good["config"] | {"width": 9}}, tmp_path / "misfit.pt")
     torch.save({k: v for k, v in good.items() if k != "weights"}, tmp_path / "hollow.pt")
-    for name in ("absent", "torn", "text", "empty", "tensor", "bare", "misfit", "hollow"):
+    for name in ("absent", "torn", "text", "empty", "list", "bare", "misfit", "hollow"):
         with pytest.raises(H.Problem, match=f"{name}.pt"):
             T.load_policy(tmp_path / f"{name}.pt")
     with pytest.raises(H.Problem, match="policy, not a residual"):
