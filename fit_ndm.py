@@ -146,7 +146,7 @@ def observation(q, a, wrist, axis):
     return torch.cat([(q - torch.tensor(H.GRASP, dtype=torch.float32)).reshape(B, -1), 10 * (a - q).reshape(B, -1), wrist, axis], 1)
 
 
-def fit_residual(f, data, steps, size_cost, change_cost, seed=0, batch=512):
+def fit_residual(f, data, steps, size_cost, change_cost, seed=0, batch=256):
     """Train the residual through the frozen model f on simulated trajectories `data`: a dict of q, a (n, T, 16), wrist, axis.
 
     The observation history is what the residual will see on the hand: measured (here: predicted) positions and *base*
@@ -177,7 +177,6 @@ def fit_residual(f, data, steps, size_cost, change_cost, seed=0, batch=512):
         hq, ha, hs = q[which[:, None], back], a[which[:, None], back], sent_now[which[:, None], back]
         wrist, axis = data["wrist"][which], data["axis"][which]
         last, miss, size, change = None, 0.0, 0.0, 0.0
-        base_miss = 0.0
         for k in range(ROLLOUT):
             t = start + W - 1 + k
             base = sent_now[which, t]
@@ -327,11 +326,12 @@ def main():
     parser.add_argument("--policy", type=Path, default=Path("checkpoints/policy.pt"))
     parser.add_argument("--models", nargs="+", default=["joint"], choices=GROUPS)
     parser.add_argument("--out", type=Path, default=Path("runs/ndm"))
-    parser.add_argument("--steps", type=int, default=3000, help="gradient steps of each fit")
-    parser.add_argument("--residual-steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=2400, help="gradient steps of each fit")
+    parser.add_argument("--residual-steps", type=int, default=300)
     parser.add_argument("--episodes", type=int, default=192, help="simulated episodes of the policy")
-    parser.add_argument("--size-cost", type=float, default=0.02)
-    parser.add_argument("--change-cost", type=float, default=0.02)
+    parser.add_argument("--size-cost", type=float, default=0.5,
+                        help="price of the correction against the error; at 0.1 the residual fits the model better and drops the object")
+    parser.add_argument("--change-cost", type=float, default=0.5)
     parser.add_argument("--no-residual", action="store_true", help="the table only")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

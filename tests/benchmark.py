@@ -200,7 +200,7 @@ def bus():
         try:
             from hand import DynamixelHand
         except ImportError:
-            from dynamixel import DynamixelHand
+            from hand import DynamixelHand
     except ImportError as error:
         return show(f"bus: not measured, {error}", "-")
     limits = [(H.JOINTS[k].low, H.JOINTS[k].high) for k in np.argsort(H.MOTOR_ID)]

@@ -15,11 +15,11 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-import bringup
-import dynamixel
+
+
 import emulated_bus
 import hand as H
-from dynamixel import DynamixelHand
+from hand import DynamixelHand
 from emulated_bus import EmulatedBus
 
 BY_MOTOR = [H.JOINTS[k] for k in np.argsort(H.MOTOR_ID)]
@@ -66,7 +66,7 @@ def test_reads_joint_angles_in_joint_order_and_si_units(bus, hand):
     q = np.linspace(-0.2, 0.25, 16)
     pose(bus, q)
     reading = hand.read()
-    assert np.abs(reading.q - q).max() < dynamixel.COUNT
+    assert np.abs(reading.q - q).max() < H.COUNT
     assert not reading.dq.any() and not reading.current.any()
 
 
@@ -80,7 +80,7 @@ def test_velocity_and_current_are_those_of_the_motors(bus, hand):
         time.sleep(0.02)
         seen.append(np.abs(r.dq).max())
         for j, i in enumerate(H.MOTOR_ID):               # between the values before and after, within a unit
-            for k, value, unit in ((0, r.dq[j], dynamixel.RPM), (1, r.current[j], 1e-3)):
+            for k, value, unit in ((0, r.dq[j], H.RPM), (1, r.current[j], 1e-3)):
                 low, high = sorted((before[i][k], after[i][k]))
                 assert low - 0.4 * abs(low) - 5 * unit <= value <= high + 0.4 * abs(high) + 5 * unit
     assert max(seen) > 0.5
@@ -94,11 +94,11 @@ def test_time_is_of_the_reading_and_rises(hand):
 
 def test_calibration_shifts_readings_and_goals_alike(bus, tmp_path):
     offset = np.linspace(-0.05, 0.05, 16)
-    bringup.save(tmp_path / "c.json", offset)
+    H.save_calibration(tmp_path / "c.json", offset)
     for i, o in zip(H.MOTOR_ID, offset):
-        bus.zero_offset(i, round(o / dynamixel.COUNT))
+        bus.zero_offset(i, round(o / H.COUNT))
     with DynamixelHand(bus.path, tmp_path / "c.json") as hand:
-        assert np.abs(hand.read().q).max() < 2 * dynamixel.COUNT
+        assert np.abs(hand.read().q).max() < 2 * H.COUNT
         hold(hand, np.full(16, 0.3), 60)
         assert np.abs(np.array(bus.angles())[H.MOTOR_ID] - 0.3).max() < 0.06
 
@@ -119,7 +119,7 @@ def test_a_disturbed_bus_gives_true_readings_or_none(fast, monkeypatch):
             pose(bus, q)
             try:
                 reading = hand.read()
-                assert np.abs(reading.q - q).max() < 2 * dynamixel.COUNT
+                assert np.abs(reading.q - q).max() < 2 * H.COUNT
                 good += 1
             except H.BusError:
                 lost += 1
@@ -163,7 +163,7 @@ def test_no_goal_leaves_the_limits_and_no_step_is_large(bus, hand):
         hand.read()
         hand.command(rng.uniform(-10, 10, 16))
     assert bus.stats["goal_writes"] > 1000 and bus.stats["goals_outside_limits"] == 0
-    assert max(bus.stats["max_step"].values()) <= H.MAX_STEP / dynamixel.COUNT + 1
+    assert max(bus.stats["max_step"].values()) <= H.MAX_STEP / H.COUNT + 1
 
 
 @pytest.mark.parametrize("bad", [np.full(16, np.nan), np.zeros(15), np.full(16, np.inf), [[0.0] * 16]])
@@ -192,7 +192,7 @@ def test_settings_of_the_table_reach_the_motors(bus, hand):
         m = bus.motors[i]
         assert (m["operating_mode"], m["return_delay_time"], m["current_limit"], m["goal_current"]) == (5, 0, 350, 350)
         assert (m["position_p_gain"], m["position_d_gain"], m["position_i_gain"]) == (H.P_GAIN[j], H.D_GAIN, 0)
-        assert m["bus_watchdog"] == dynamixel.WATCHDOG
+        assert m["bus_watchdog"] == H.WATCHDOG
 
 
 def test_current_limit_follows_the_model():
@@ -203,7 +203,7 @@ def test_current_limit_follows_the_model():
 def test_move_to_is_slow_and_arrives(bus, hand):
     hand.move_to(H.GRASP)
     assert np.abs(hold(hand, H.GRASP, 10).q - H.GRASP).max() < 0.06
-    assert max(bus.stats["max_step"].values()) * dynamixel.COUNT <= H.MOVE_SPEED / H.CONTROL_HZ + 2 * dynamixel.COUNT
+    assert max(bus.stats["max_step"].values()) * H.COUNT <= H.MOVE_SPEED / H.CONTROL_HZ + 2 * H.COUNT
 
 
 # ---------------------------------------------------------------------------------------------- doors
@@ -211,7 +211,7 @@ CHILD = """
 import sys, time
 sys.path.insert(0, {root!r})
 import hand as H
-from dynamixel import DynamixelHand
+from hand import DynamixelHand
 
 def main():
     with DynamixelHand(sys.argv[1], {no_file!r}) as hand:
@@ -396,13 +396,13 @@ def test_a_hot_motor_rests_until_it_is_cool(bus, hand):
 
 def test_repeated_faults_end_with_a_report(bus, hand):
     bus.reboot_time = 0.02
-    for k in range(dynamixel.MAX_FAULTS[0] - 1):
+    for k in range(H.MAX_FAULTS[0] - 1):
         bus.overload(6)
         with pytest.raises(H.BusError):
             hold(hand, np.zeros(16), 3)
         hand.reconnect()
     bus.overload(6)
-    with pytest.raises(H.Problem, match=f"stopped after {dynamixel.MAX_FAULTS[0]} x overload") as error:
+    with pytest.raises(H.Problem, match=f"stopped after {H.MAX_FAULTS[0]} x overload") as error:
         hold(hand, np.zeros(16), 3)
     assert not isinstance(error.value, H.BusError) and not driving(bus)
 
@@ -438,8 +438,8 @@ def test_check_of_a_good_hand_finds_its_zeros(tmp_path):
         status, out, errors = check(bus, tmp_path)
         assert (status, errors) == (0, ""), (out, errors)
         assert out.count("ok  ") == 9 and (tmp_path / "out/check.png").stat().st_size > 10_000
-        found = dynamixel.load_calibration(tmp_path / "calibration.json")
-        assert np.abs(found - offsets * dynamixel.COUNT).max() < np.deg2rad(0.5)
+        found = H.load_calibration(tmp_path / "calibration.json")
+        assert np.abs(found - offsets * H.COUNT).max() < np.deg2rad(0.5)
         assert not driving(bus)
         with DynamixelHand(bus.path, tmp_path / "calibration.json") as hand:
             assert np.abs(hand.read().q - np.array(bus.angles())[H.MOTOR_ID]).max() < np.deg2rad(0.5)
@@ -624,11 +624,11 @@ def test_a_port_without_permission(bus):
     lines = f"""if True:
         import os, sys
         sys.path.insert(0, {str(ROOT)!r})
-        import hand, dynamixel
+        import hand
         os.chmod({os.path.realpath(bus.path)!r}, 0)
         if os.geteuid() == 0:                            # root may open everything
             os.setgroups([]), os.setgid(65534), os.setuid(65534)
-        hand.run(lambda: dynamixel.DynamixelHand({os.path.realpath(bus.path)!r}))"""
+        hand.run(lambda: hand.DynamixelHand({os.path.realpath(bus.path)!r}))"""
     done = subprocess.run([sys.executable, "-c", lines], capture_output=True, text=True)
     assert done.returncode == 2 and "dialout" in done.stderr and done.stderr.count("\n") == 1, done.stderr
 
@@ -643,18 +643,18 @@ def test_two_adapters_and_a_stable_name(monkeypatch, tmp_path):
     (tmp_path / "by-id").mkdir()
     (tmp_path / "ttyUSB0").touch()
     (tmp_path / "by-id/usb-FTDI_one").symlink_to(tmp_path / "ttyUSB0")
-    monkeypatch.setattr(dynamixel, "BY_ID", str(tmp_path / "by-id"))
-    monkeypatch.setattr(dynamixel.list_ports, "comports", lambda: ports)
+    monkeypatch.setattr(H, "BY_ID", str(tmp_path / "by-id"))
+    monkeypatch.setattr(H.list_ports, "comports", lambda: ports)
     with pytest.raises(H.Problem, match="2 adapters found"):
-        dynamixel.find_port()
+        H.find_port()
     del ports[1]
-    assert dynamixel.find_port().endswith("by-id/usb-FTDI_one")
+    assert H.find_port().endswith("by-id/usb-FTDI_one")
     del ports[0]
-    assert dynamixel.find_port() is None
+    assert H.find_port() is None
 
 
 def test_a_slow_latency_timer(bus, monkeypatch, tmp_path):
     (tmp_path / "latency_timer").write_text("16\n")
-    monkeypatch.setattr(dynamixel, "LATENCY", str(tmp_path / "latency_timer"))
+    monkeypatch.setattr(H, "LATENCY", str(tmp_path / "latency_timer"))
     with pytest.raises(H.Problem, match="latency timer is 16 ms.*tee"):
         DynamixelHand(bus.path, NO_FILE)

@@ -46,7 +46,7 @@ def pipeline(tmp_path_factory, toy_policy, grasps):
     out = tmp_path_factory.mktemp("pipeline")
     run("collect.py", "--hours", 10 / 180, "--port", PORT, "--wrist", WRIST, "--policy", toy_policy, "--out", out / "data")
     said = run("fit_ndm.py", "--data", out / "data", "--policy", toy_policy, "--out", out / "ndm", "--models", "joint", "whole",
-               "--steps", 30, "--residual-steps", 3, "--episodes", 9)
+               "--steps", 30, "--residual-steps", 3, "--episodes", 24)
     numbers = run("deploy.py", "--compare", "--episodes", 2, "--port", PORT, "--wrist", WRIST, "--axis=+z", "--policy", toy_policy,
                   "--residual", out / "ndm/residual.pt", "--json", out / "numbers.json")
     return out, said, numbers
