@@ -158,7 +158,7 @@ def _chaos_box(spec, bit, hand_bits, n=24, low=(-0.12, -0.07, 0.03), high=(0.09,
 
 def build(obj=None, *, box_of_balls=False, wrist=(1, 0, 0, 0), timestep=1 / (CONTROL_HZ * SUBSTEPS),
           cone="elliptic", impratio=10, integrator="implicitfast", stiffness=H.STIFFNESS, damping=H.DAMPING,
-          joint_friction=H.FRICTION, armature=H.ARMATURE, torque=H.TORQUE, backlash=None):
+          joint_friction=H.FRICTION, armature=H.ARMATURE, torque=H.TORQUE, backlash=None, looks=True):
     """The hand of the table as an `MjSpec`, with an object in its fingers, with balls around it, or
     free. Joint parameters in SI units, scalar or (16,); `backlash` (16,) rad adds a passive play joint
     after every motor and leaves the actuators out (the virtual hand drives its motors itself).
@@ -229,6 +229,10 @@ def build(obj=None, *, box_of_balls=False, wrist=(1, 0, 0, 0), timestep=1 / (CON
             s = spec.add_sensor(name=f"{link}_contact", type=mujoco.mjtSensor.mjSENS_CONTACT, objtype=mujoco.mjtObj.mjOBJ_BODY,
                                 objname="object", reftype=mujoco.mjtObj.mjOBJ_BODY, refname=link)
             s.intprm[:3] = FOUND_AND_FORCE, NETFORCE, 1
+    if looks:
+        spec.add_texture(name="sky", type=mujoco.mjtTexture.mjTEXTURE_SKYBOX, builtin=mujoco.mjtBuiltin.mjBUILTIN_GRADIENT,
+                         rgb1=(0.9, 0.93, 0.96), rgb2=(0.7, 0.75, 0.8), width=64, height=64)
+        spec.visual.headlight.ambient, spec.visual.headlight.diffuse = (0.45, 0.45, 0.45), (0.6, 0.6, 0.6)
     if box_of_balls:
         _chaos_box(spec, BALL, PALM | NEAR | FINGERS)
     return spec
@@ -414,7 +418,7 @@ def grasp_cache(obj, n=500, seed=0, progress=True):
     object, which stayed within 15 mm and came to rest. (With 30 g, friction 1 and no count of fingertips, half of the
     grasps drop the object within 10 s when nothing moves, and training starts from hopeless states.) Made once, then read
     from CACHE under a key of everything that it depends on."""
-    spec = build(obj)
+    spec = build(obj, looks=False)
     key = hashlib.sha256(json.dumps([spec.to_xml(), H.HAND, n, seed, 4]).encode()).hexdigest()[:16]
     path = CACHE / f"grasps-{key}.npz"
     if path.exists():
@@ -437,13 +441,15 @@ def grasp_cache(obj, n=500, seed=0, progress=True):
             state[:, 17:20] = CENTRE + rng.uniform(-0.012, 0.012, (batch, 3))
             state[:, 20:24] = from_axis_angle([[0, 0, 1]] * batch, rng.uniform(-np.pi, np.pi, batch))
             start = state[:, 17:20].copy()
-            good = np.ones(batch, bool)
             for wrist in ("palm_up", "palm_down"):
                 model.opt.gravity = 9.81 * gravity(WRISTS[wrist])[0]
                 states, sensors = pool.rollout(model, datas, state, target[:, None], nstep=steps)
                 state, touched = states[:, -1].copy(), (sensors[:, -1, 12:28:4] > 0).sum(1)
-                good &= np.isfinite(state).all(1) & (np.linalg.norm(state[:, 17:20] - start, axis=1) < 0.015) & (touched >= 3)
-            good &= (np.abs(state[:, 24:]).max(1) < 1.0) & (np.linalg.norm(state[:, -6:-3], axis=1) < 0.01)
+                good = np.isfinite(state).all(1) & (np.linalg.norm(state[:, 17:20] - start, axis=1) < 0.015) & (touched >= 3)
+                state, start, target = state[good], start[good], target[good]
+                if not len(state):
+                    break
+            good = (np.abs(state[:, 24:]).max(1, initial=0) < 1.0) & (np.linalg.norm(state[:, -6:-3], axis=1) < 0.01)
             found += [np.concatenate([s[1:24], t]) for s, t in zip(state[good], target[good])]
             if bar:
                 bar(min(len(found), n), f"{100 * len(found) / tried:.0f} % hold")
