@@ -628,7 +628,7 @@ class DynamixelHand(Hand):
         if silent:
             strangers = [i for i in range(31) if i not in MOTOR_ID and self._sdk(self.packet.ping, i)[1] == 0]
             raise Problem(f"{motors(silent)} missing" + (f", but there is a motor with id {strangers[0]}: set its id" if strangers else
-                          f": check the cable that leads to it, and its id") + " with Dynamixel Wizard")
+                          ": check the cable that leads to it, and its id") + " with Dynamixel Wizard")
         unknown = [i for i, m in zip(MOTOR_ID, models) if m not in MODELS]
         if unknown:
             raise Problem(f"{motors(unknown)}: model number {models[MOTOR_ID.index(unknown[0])]} is not an {' or '.join(MODELS.values())}")
