@@ -9,7 +9,7 @@ writes  OUT/sequences.npz      the target sequences, simulated once
         OUT/00000.npz ...      one trajectory (400 steps, 20 s) each, whole or not there:
             q, dq, target, current (400, 16: rad, rad/s, rad, A), time (400, s), hand, wrist, load, source, sigma, policy
             (hash), seed, index, port
-        OUT/log.txt            a line per event
+        OUT/log.txt            a line per event; OUT/film.gif, the first trajectory of a virtual hand
 Run it again and it goes on after the last whole trajectory. Half of the trajectories get noise of 0.01 rad on every
 target. Errors of the bus, a motor's reboot or an unplugged adapter cost the running trajectory, nothing more.
 """
@@ -43,7 +43,7 @@ def simulated_sequences(policy, content, wrist, n, seed):
                                   f"simulated sequences {len(kept)}/{n}")
         kept += list(np.array(frames).swapaxes(0, 1)[result["TTF"] >= SECONDS])
         tried += env.n
-        if tried >= 20 * n:
+        if len(kept) < n and tried >= 20 * max(n, env.n):
             raise H.Problem(f"the policy kept the object {len(kept)} times in {tried} episodes with {wrist}; train it longer for that wrist")
     return np.array(kept[:n], np.float32)
 
@@ -58,23 +58,29 @@ def waves(n, seed):
     return np.clip(H.GRASP + draw(0.05, 0.4) * wave, H.LOW, H.HIGH).astype(np.float32)
 
 
-def replay(hand, sequence, noise):
-    """Drive the hand open loop through `sequence` + `noise` (400, 16) at 20 Hz; returns what it did as a dict of arrays."""
+def replay(hand, sequence, noise, film=None):
+    """Drive the hand open loop through `sequence` + `noise` (400, 16) at 20 Hz; returns what it did as a dict of arrays.
+    A list `film` is filled with the configurations of a virtual hand."""
     hand.move_to(sequence[0])
     rows = []
     for target in sequence + noise:
         reading = hand.read()
         rows.append((reading.q, reading.dq, hand.command(target), reading.current, reading.time))
         hand.tick()
+        if film is not None:
+            film.append(hand.qpos())
     return {name: np.array(column, np.float32 if name != "time" else float)
             for name, column in zip(("q", "dq", "target", "current", "time"), zip(*rows))}
 
 
 def record(hand, index, sequence, args, facts):
-    """One trajectory, from the start pose to the file."""
+    """One trajectory, from the start pose to the file; the first one of a virtual hand is filmed."""
     rng = np.random.default_rng([args.seed, index])
     sigma = SIGMA if rng.random() < 0.5 else 0.0
-    data = replay(hand, sequence, rng.normal(0, sigma, sequence.shape) if sigma else np.zeros(sequence.shape))
+    film = [] if index == 0 and not hand.realtime else None
+    data = replay(hand, sequence, rng.normal(0, sigma, sequence.shape) if sigma else np.zeros(sequence.shape), film)
+    if film:
+        sim.film(hand.model(), film[:200], args.out / "film.gif", args.wrist)
     if hand.realtime:
         hand.rest()                                      # a slow disk is no reason for the guardian to step in
     sim.save_npz(args.out / f"{index:05d}.npz", **data, index=index, sigma=sigma, **facts)
