@@ -180,7 +180,7 @@ def physics():
         for wrist in content["wrists"]:
             results, lost = {}, 0
             for name, (options, _) in {"nominal": ({}, ""), **OTHER}.items():
-                env = sim.Rotation(24 if args.quick else 256, objects, [wrist], content["axes"], seed=5, **options)
+                env = sim.Rotation(96 if args.quick else 256, objects, [wrist], content["axes"], seed=5, **options)
                 r = sim.run_episodes(env, lambda env: T.targets(policy, env), title=f"{path.name} {wrist} {name}")
                 results[name], lost = (r["RotR"].mean(), r["TTF"].mean()), lost + env.blowups
             rotr, ttf = results.pop("nominal")
