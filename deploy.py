@@ -205,7 +205,7 @@ def gap_table(files, picture):
                      label={"ceiling": "training simulator", "base": "hand, policy alone", "residual": "hand, policy + residual"}[kind])
         axis.set_xticks(range(len(reports)), [r["port"] for r in reports])
         axis.set_ylabel(label)
-    axes[0].legend(fontsize=8)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3, fontsize=9)
     figure.savefig(picture, dpi=90)
     print(f"bars in {picture}")
 
