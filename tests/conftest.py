@@ -2,11 +2,13 @@
 import atexit
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+signal.signal(signal.SIGHUP, signal.SIG_DFL)             # under nohup it is ignored, and the processes that tests start inherit that
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 # never the user's own cache: the grasps put there below are too few to train with
