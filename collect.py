@@ -26,7 +26,7 @@ import torch
 
 import hand as H
 import sim
-from train_policy import FAMILIES, load_policy, targets
+from train_policy import load_policy, objects_of, targets
 
 SIGMA = 0.01            # rad, noise on the targets of half of the trajectories
 SECONDS = sim.EPISODE / H.CONTROL_HZ
@@ -34,7 +34,7 @@ SECONDS = sim.EPISODE / H.CONTROL_HZ
 
 def simulated_sequences(policy, content, wrist, n, seed):
     """Target sequences (n, 400, 16) rad of episodes in which the policy held the object to the end, in the training simulator."""
-    objects = [o for family in content["families"] for o in FAMILIES[family]]
+    objects = objects_of("+".join(content["families"]))
     env = sim.Rotation(max(2 * len(objects), min(n, 192)), objects, [wrist], content["axes"], seed=seed)
     kept, tried = [], 0
     while len(kept) < n:

@@ -27,7 +27,7 @@ import torch
 import hand as H
 import sim
 from fit_ndm import load_residual
-from train_policy import FAMILIES, load_policy, targets
+from train_policy import FAMILIES, load_policy, objects_of, targets
 
 HZ = H.CONTROL_HZ
 
@@ -123,7 +123,7 @@ def virtual_episode(job):
 
 
 def chosen_objects(args, content):
-    return [o for family in args.object or content["families"] for o in FAMILIES[family]]
+    return objects_of("+".join(args.object or content["families"]))
 
 
 def measure(pool, args, wrist, corrected, film=None):

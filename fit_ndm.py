@@ -24,7 +24,7 @@ import torch.nn as nn
 import hand as H
 import sim
 from sim import W
-from train_policy import FAMILIES, load_network, load_policy, save_checkpoint, targets
+from train_policy import load_network, load_policy, objects_of, save_checkpoint, targets
 
 GROUPS = {"joint": 16, "finger": 4, "whole": 1}     # how many models share the hand: 16 x 1, 4 x 4 or 1 x 16 joints
 HIDDEN = {"joint": 64, "finger": 128, "whole": 256}
@@ -227,7 +227,7 @@ def load_shards(folders):
 
 def simulate(policy, content, wrists, episodes, seed):
     """Simulated trajectories of the policy that kept the object to the end: q, a (n, 400, 16), wrist (n, 4), axis (n, 3)."""
-    objects = [o for family in content["families"] for o in FAMILIES[family]]
+    objects = objects_of("+".join(content["families"]))
     env = sim.Rotation(episodes, objects, wrists, content["axes"], seed=seed)
     q, a, facts = [], [], {}
 

@@ -470,7 +470,7 @@ def evaluate(policy, args, episodes=256):
     """The policy at full gravity, randomised, per wrist: printed and written to results.json; one episode as a GIF."""
     results = {}
     for wrist in args.wrist:
-        env = sim.Rotation(episodes, [o for f in args.family for o in objects_of(f)], [wrist], args.axis, seed=args.seed + 77)
+        env = sim.Rotation(episodes, objects_of("+".join(args.family)), [wrist], args.axis, seed=args.seed + 77)
         frames = []
         r = sim.run_episodes(env, lambda env: targets(policy, env), lambda env: frames.append(env.state[:, 1:].copy()))
         results[wrist] = {k: [float(v.mean()), float(v.std())] for k, v in r.items()} | {
@@ -484,6 +484,7 @@ def evaluate(policy, args, episodes=256):
 
 
 def objects_of(family):
+    """The objects of a family, or of several joined by "+"."""
     return [o for f in family.split("+") for o in FAMILIES[f]]
 
 
