@@ -110,8 +110,8 @@ def main():
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes, virtual hand only")
     args = parser.parse_args()
     args.port = H.resolve_port(args.port)
-    if not 0 < args.hours < 1e4:
-        raise H.Problem("--hours must be positive")
+    if not 0 < args.hours < 1e4 or args.workers < 1:
+        raise H.Problem("--hours and --workers must be positive")
     virtual = args.port.startswith("sim")
     args.out = args.out or Path("data") / "-".join([args.port.replace("/", "_").replace(":", ""), args.wrist, args.load, args.source])
     total = max(1, round(args.hours * 3600 / SECONDS))

@@ -73,6 +73,13 @@ def episode(hand, controller, watch=None, steps=sim.EPISODE):
             for name, column in zip(("q", "dq", "target", "current", "time"), zip(*rows))}
 
 
+def save_record(args, data, wrist, load, index):
+    """With --record, an episode that lasted 20 s as a trajectory like those of collect.py."""
+    if args.record and len(data["q"]) == sim.EPISODE:
+        sim.save_npz(args.record / f"{index:05d}.npz", **data, hand=H.HAND, wrist=wrist, load=load, port=args.port, sigma=0.0,
+                     source="base" if args.base else "base + residual", seed=args.seed, index=index)
+
+
 class Referee:
     """Watches the object of a virtual hand and keeps the metrics of one episode; nothing counts after a fall."""
 
@@ -113,10 +120,7 @@ def virtual_episode(job):
     hand.place(g[:16], g[23:], g[16:23], mass=rng.uniform(0.01, 0.05), friction=rng.uniform(0.5, 2.0))
     referee = Referee(hand, axis, [] if film else None)
     data = episode(hand, Controller(policy, residual, wrist, axis, g[23:]), referee)
-    if args.record and len(data["q"]) == sim.EPISODE:
-        index = 10000 * args.wrist.index(wrist) + number
-        sim.save_npz(args.record / f"{index:05d}.npz", **data, hand=H.HAND, wrist=wrist, load=obj.name, source="deploy", sigma=0.0,
-                     seed=args.seed, index=index, port=args.port)
+    save_record(args, data, wrist, obj.name, 10000 * args.wrist.index(wrist) + number)
     if film:
         sim.film(hand.model(), referee.film, film, wrist)
     return referee.result()
@@ -127,8 +131,11 @@ def chosen_objects(args, content):
 
 
 def measure(pool, args, wrist, corrected, film=None):
-    """Episodes on the virtual hand, on all cores: dict of (episodes,) arrays."""
+    """Episodes on the virtual hand, on all cores: dict of (episodes,) arrays. `film` is the GIF of the first one; of several
+    wrists each has its own."""
     label = "base + residual" if corrected else "base"
+    if film and len(args.wrist) > 1:
+        film = film.with_stem(f"{film.stem}-{wrist}")
     jobs = [(args, wrist, i, corrected, film if i == 0 else None) for i in range(args.episodes)]
     bar, rows = sim.Progress(f"{args.port} {wrist} {label}", len(jobs)), []
     for result in pool.imap(virtual_episode, jobs):
@@ -153,7 +160,7 @@ def compare(args, pool):
     parts = {}
     for wrist in args.wrist:
         parts[wrist] = {"ceiling": ceiling(args, policy, content, wrist), "base": measure(pool, args, wrist, False),
-                        "residual": measure(pool, args, wrist, True)}
+                        "residual": measure(pool, args, wrist, True, args.gif)}
     everything = {kind: {m: np.concatenate([p[kind][m] for p in parts.values()]) for m in ("RotR", "TTF", "RotP")}
                   for kind in ("ceiling", "base", "residual")}
     report = {"port": args.port, "episodes": args.episodes, "seed": args.seed, "axes": args.axis, "wrists": {}}
@@ -224,9 +231,7 @@ def on_a_real_hand(args):
             data = episode(hand, Controller(policy, residual, wrist, axis, H.GRASP))
             lag = np.abs(data["target"] - data["q"]).mean()
             print(f"episode {number + 1}: {len(data['q'])} steps, lag {lag:.3f} rad, {1000 * np.abs(data['current']).mean():.0f} mA")
-            if args.record:
-                sim.save_npz(args.record / f"{number:05d}.npz", **data, hand=H.HAND, wrist=wrist, load="object", source="deploy",
-                             sigma=0.0, seed=args.seed, index=number, port=args.port)
+            save_record(args, data, wrist, "object", number)
 
 
 def main():
@@ -237,7 +242,7 @@ def main():
     parser.add_argument("--base", action="store_true", help="run without the residual")
     parser.add_argument("--compare", action="store_true", help="ceiling, base and base + residual, on a virtual hand")
     parser.add_argument("--wrist", nargs="+", default=["palm_up", "palm_down"], choices=sim.WRISTS)
-    parser.add_argument("--axis", nargs="+", default=["+z", "-z"], choices=sim.AXES)
+    parser.add_argument("--axis", nargs="+", default=["+z", "-z"], choices=sim.AXES, type=str.strip)
     parser.add_argument("--object", nargs="+", default=[], choices=FAMILIES, help="default: what the policy was trained on")
     parser.add_argument("--episodes", type=int, default=20, help="per wrist")
     parser.add_argument("--seed", type=int, default=0)
@@ -246,12 +251,14 @@ def main():
     parser.add_argument("--json", type=Path)
     parser.add_argument("--table", nargs="+", type=Path, help="only print and draw (gap.png beside the first) these --json files of --compare")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
-    args = parser.parse_args()
+    args = parser.parse_args(sim.arguments())
     if args.table:
         return gap_table(args.table, args.table[0].with_name("gap.png"))
     args.port = H.resolve_port(args.port)
-    if args.episodes < 1:
-        raise H.Problem("--episodes must be at least 1")
+    if args.episodes < 1 or args.workers < 1:
+        raise H.Problem("--episodes and --workers must be at least 1")
+    if args.compare and (args.base or args.record):
+        raise H.Problem("--compare runs with and without the residual: it goes with neither --base nor --record")
     _, content = load_policy(args.policy)                          # fail early and in one place
     if not args.base:
         load_residual(args.residual)

@@ -9,28 +9,34 @@ writes  OUT/dynamics.pt    joint-wise neural dynamics f_i, pretrained on simulat
         OUT/residual.pt    the residual policy
         OUT/table.txt, OUT/table.json, OUT/prediction.png, OUT/error.png, OUT/correction.png
 
-q^i_{t+1} = f_i(h^i_t), h^i_t = the last W = 10 (position, target) pairs of joint i and of no other joint.
-Residual: min E sum_t |q_sim_{t+1} - f(q, a + pi_res(o, a))|^2 through the frozen f, on simulated trajectories of the policy.
+q^i_{t+1} = f_i(h^i_t), h^i_t = the last W = 10 (position, target) pairs of joint i and of no other joint. f is pretrained in the
+simulated Chaos Box (then called f_sim) and fine-tuned on the hand's. Residual: min E sum_t |f_sim(q, a) - f(q, a + pi_res(o, a))|^2
+through the frozen models, on simulated trajectories of the policy; `fit_residual` says why not q_sim_{t+1} as in the paper.
 """
 import argparse
+import copy
 import json
+import os
 import time
 from pathlib import Path
 
+import mujoco
 import numpy as np
 import torch
 import torch.nn as nn
+from mujoco import rollout
 
 import hand as H
 import sim
+from collect import SIGMA
 from sim import W
 from train_policy import load_network, load_policy, objects_of, save_checkpoint, targets
 
 GROUPS = {"joint": 16, "finger": 4, "whole": 1}     # how many models share the hand: 16 x 1, 4 x 4 or 1 x 16 joints
 HIDDEN = {"joint": 64, "finger": 128, "whole": 256}
 HORIZON = 10                                        # steps of the open-loop error: 0.5 s
-BOUND = 0.06           # rad, largest correction: unbounded it fits the model four times better and drops the object
-ROLLOUT = 14           # steps of the model with the residual in the loop: longer than W, so that its own errors count
+BOUND = 0.06           # rad, largest correction
+ROLLOUT = 4            # steps of the model with the residual in the loop, 0.2 s: what happens in one step hardly depends on its target
 
 
 # ------------------------------------------------------------------------------------------------------- the model
@@ -86,7 +92,7 @@ def every_window(q, after=1):
     return torch.cartesian_prod(torch.arange(n), torch.arange(T - W - after + 1))
 
 
-def fit(model, q, a, steps, lr, title, batch=2048, seed=0):
+def fit(model, q, a, steps, lr, title, batch=128, seed=0):
     """Minimise the squared one-step error in units of each joint's usual step, by Adam with a cosine schedule."""
     generator = torch.Generator().manual_seed(seed)
     opt = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
@@ -102,7 +108,7 @@ def fit(model, q, a, steps, lr, title, batch=2048, seed=0):
         loss.backward()
         opt.step()
         schedule.step()
-        if i % 20 == 0 or i + 1 == steps:
+        if i % 100 == 0 or i + 1 == steps:
             bar(i + 1, f"{1000 * ((error * model.step).detach().pow(2).mean().sqrt()):.2f} mrad")
 
 
@@ -146,52 +152,70 @@ def observation(q, a, wrist, axis):
     return torch.cat([(q - torch.tensor(H.GRASP, dtype=torch.float32)).reshape(B, -1), 10 * (a - q).reshape(B, -1), wrist, axis], 1)
 
 
-def fit_residual(f, data, steps, size_cost, change_cost, seed=0, batch=256):
-    """Train the residual through the frozen model f on simulated trajectories `data`: a dict of q, a (n, T, 16), wrist, axis.
+def fit_residual(f, f_sim, data, steps, size_cost, change_cost, seed=0, batch=256):
+    """Train the residual on simulated trajectories `data` (see `simulate`), so that the hand's model f with corrected targets
+    ends up where the model f_sim of the simulated joints does without; both stay frozen.
 
-    The observation history is what the residual will see on the hand: measured (here: predicted) positions and *base*
-    targets; the history of f holds the targets that were sent. Trajectories are padded at the front with their first
-    step, because an episode starts that way too."""
+    The paper asks f to end up at the simulated q_{t+1} itself. But balls give way and an object in a firm grasp does not: f believes that a
+    finger pressing on the object will go on (measured on a joint of sim:100: 36 mrad too far after 0.35 s of the task), and a
+    residual that corrects this belief lets go of the object. f_sim, learned in the same box, believes the same, so that only the
+    difference between the two hands' joints is left.
+
+    Over ROLLOUT steps positions are fed back; before, the history of f holds the simulated positions and the targets as they would have been
+    corrected. The observation is what the residual sees on the hand: positions and *base* targets."""
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
     residual = Residual()
-    q = torch.cat([data["q"][:, :1].expand(-1, W - 1, -1), data["q"]], 1)
-    a = torch.cat([data["a"][:, :1].expand(-1, W, -1), data["a"][:, :-1]], 1)      # a[:, t] is the target *before* the command at t
-    sent_now = torch.cat([data["a"][:, :1].expand(-1, W - 1, -1), data["a"]], 1)   # the command at t
+    P = 2 * W                                                      # an episode begins as if it had always been in its first state
+    pad = data["first"][:, None]
+    q = torch.cat([data["q"][:, :1].expand(-1, P, -1), data["q"]], 1)
+    a = torch.cat([pad.expand(-1, P, -1), data["a"]], 1)           # the command at t
+    before = torch.cat([pad, a[:, :-1]], 1)                        # the target when it was given
     n, T = q.shape[:2]
-    index = torch.stack([torch.randint(n, (20000,), generator=generator), torch.randint(T - W, (20000,), generator=generator)], 1)
-    steps_back = index[:, 1:] + torch.arange(W)
-    obs = observation(q[index[:, :1], steps_back], a[index[:, :1], steps_back], data["wrist"][index[:, 0]], data["axis"][index[:, 0]])
-    now = index[:, 1] + W - 1
-    x = torch.cat([obs, (sent_now[index[:, 0], now] - a[index[:, 0], now]) / sim.ALPHA], 1)
+
+    def draw(size, last):
+        return torch.randint(n, (size,), generator=generator), torch.randint(P, last, (size,), generator=generator)
+
+    def seen(which, t):
+        """The arguments of the residual at steps t of trajectories `which`, both (B,)."""
+        back = t[:, None] + torch.arange(1 - W, 1)
+        which_ = which[:, None]
+        return (observation(q[which_, back], before[which_, back], data["wrist"][which], data["axis"][which]),
+                a[which, t] - before[which, t])
+
+    obs, move = seen(*draw(20000, T))
+    x = torch.cat([obs, move / sim.ALPHA], 1)
     residual.mean.copy_(x.mean(0))
     residual.std.copy_(x.std(0) + 1e-2)
     opt = torch.optim.Adam(residual.parameters(), lr=1e-3, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(opt, steps)
     bar = sim.Progress("residual", steps)
     for i in range(steps):
-        which = torch.randint(n, (batch,), generator=generator)
-        start = torch.randint(T - W - ROLLOUT, (batch,), generator=generator)
-        start[: batch // 8] = 0                                    # the first step of an episode is worth its own share
-        back = start[:, None] + torch.arange(W)
-        hq, ha, hs = q[which[:, None], back], a[which[:, None], back], sent_now[which[:, None], back]
+        which, start = draw(batch, T - ROLLOUT)
+        start[: batch // 8] = P                                    # the first step of an episode is worth its own share
+        past = start[:, None] + torch.arange(1 - W, 0)             # (B, W - 1)
+        with torch.no_grad():
+            c = residual(*seen(which[:, None].expand_as(past).reshape(-1), past.reshape(-1))).view(*past.shape, H.N)
+            c = c * (past >= P)[..., None]
+        plain, last = a[which[:, None], past], c[:, -1]
+        corrected = plain + c
+        back = start[:, None] + torch.arange(1 - W, 1)
+        hq, hb = q[which[:, None], back], before[which[:, None], back]
+        goals = hq
         wrist, axis = data["wrist"][which], data["axis"][which]
-        last, miss, size, change = None, 0.0, 0.0, 0.0
+        miss, size, change = 0.0, 0.0, 0.0
         for k in range(ROLLOUT):
-            t = start + W - 1 + k
-            base = sent_now[which, t]
-            c = residual(observation(hq, ha, wrist, axis), base - ha[:, -1])
-            hs = torch.cat([hs[:, :-1], (base + c)[:, None]], 1)
-            nxt = f(torch.stack([hq, hs], -1).transpose(1, 2))
-            goal = q[which, t + 1]
-            miss = miss + (nxt - goal).pow(2).mean() / ROLLOUT
+            base = a[which, start + k]
+            c = residual(observation(hq, hb, wrist, axis), base - hb[:, -1])
+            corrected, plain = torch.cat([corrected, (base + c)[:, None]], 1), torch.cat([plain, base[:, None]], 1)
+            q_hand = f(torch.stack([hq, corrected], -1).transpose(1, 2))
+            with torch.no_grad():
+                q_sim = f_sim(torch.stack([goals, plain], -1).transpose(1, 2))
+            miss = miss + (q_hand - q_sim).pow(2).mean() / ROLLOUT
             size = size + c.pow(2).mean() / ROLLOUT
-            if last is not None:
-                change = change + (c - last).pow(2).mean() / ROLLOUT
-            last = c
-            hq = torch.cat([hq[:, 1:], nxt[:, None]], 1)
-            ha = torch.cat([ha[:, 1:], base[:, None]], 1)
-            hs = torch.cat([hs[:, 1:], base[:, None]], 1)          # its last entry is overwritten by the next command
+            change = change + (c - last).pow(2).mean() / ROLLOUT
+            last, corrected, plain = c, corrected[:, 1:], plain[:, 1:]
+            hq, goals, hb = (torch.cat([x[:, 1:], new[:, None]], 1) for x, new in ((hq, q_hand), (goals, q_sim), (hb, base)))
         loss = 1e4 * (miss + size_cost * size + change_cost * change)
         opt.zero_grad()
         loss.backward()
@@ -226,7 +250,8 @@ def load_shards(folders):
 
 
 def simulate(policy, content, wrists, episodes, seed):
-    """Simulated trajectories of the policy that kept the object to the end: q, a (n, 400, 16), wrist (n, 4), axis (n, 3)."""
+    """Simulated trajectories of the policy that kept the object to the end, a dict: q (n, 400, 16) positions and a (n, 400, 16)
+    targets sent, `first` (n, 16) the target before the first of them, wrist (n, 4), axis (n, 3)."""
     objects = objects_of("+".join(content["families"]))
     env = sim.Rotation(episodes, objects, wrists, content["axes"], seed=seed)
     q, a, facts = [], [], {}
@@ -234,6 +259,7 @@ def simulate(policy, content, wrists, episodes, seed):
     def act(env):
         facts.setdefault("wrist", env.wrist.copy())
         facts.setdefault("axis", env.axis.copy())
+        facts.setdefault("first", env.target.copy())
         q.append(env.q.copy())
         a.append(targets(policy, env))
         return a[-1]
@@ -243,7 +269,30 @@ def simulate(policy, content, wrists, episodes, seed):
         raise H.Problem(f"the policy kept the object in {kept.sum()} of {episodes} simulated episodes; train it longer")
     tensor = lambda x: torch.tensor(np.asarray(x)[kept], dtype=torch.float32)
     return {"q": tensor(np.swapaxes(q, 0, 1)), "a": tensor(np.clip(np.swapaxes(a, 0, 1), sim.NEAR, sim.FAR)),
-            "wrist": tensor(facts["wrist"]), "axis": tensor(facts["axis"])}
+            **{name: tensor(value) for name, value in facts.items()}}
+
+
+def simulate_box(data, seed):
+    """What collect.py does on a hand, in the training simulator: the targets of `data` replayed open loop in the Chaos Box, half of
+    them with noise. Returns q, a (n, 400, 16) as `load_shards` does."""
+    rng = np.random.default_rng([seed, 16])
+    a, wrists = data["a"].double().numpy(), data["wrist"].numpy()
+    a = np.clip(a + rng.normal(0, SIGMA, a.shape) * (rng.random((len(a), 1, 1)) < 0.5), H.LOW, H.HIGH)
+    boxes = {tuple(w): sim.build(box_of_balls=True, wrist=w, looks=False).compile() for w in np.unique(wrists, axis=0)}
+    models = [boxes[tuple(w)] for w in wrists]
+    m = models[0]
+    state = np.zeros((len(a), 1 + m.nq + m.nv))
+    state[:, 1:1 + H.N], state[:, 1 + H.N:1 + m.nq] = a[:, 0], rng.uniform(-0.02, 0.02, (len(a), m.nq - H.N))
+    q, bar = np.zeros_like(a), sim.Progress("simulate the box", sim.EPISODE)
+    with rollout.Rollout(nthread=os.cpu_count()) as pool:
+        datas = [mujoco.MjData(m) for _ in range(os.cpu_count())]
+        for t in range(-H.CONTROL_HZ, sim.EPISODE):                # one second for the balls to settle
+            q[:, max(t, 0)] = state[:, 1:1 + H.N]
+            control = np.repeat(a[:, max(t, 0), None], sim.SUBSTEPS, 1)
+            state = pool.rollout(models, datas, state, nstep=sim.SUBSTEPS, control=control)[0][:, -1]
+            if t >= 0:
+                bar(t + 1, f"lag {np.abs(a[:, t] - q[:, t]).mean():.3f} rad")
+    return torch.tensor(q, dtype=torch.float32), torch.tensor(a, dtype=torch.float32)
 
 
 # -------------------------------------------------------------------------------------------------- table, pictures
@@ -303,7 +352,7 @@ def draw(out, models, table, q, a, residual, data):
 
     if residual is not None:
         qs, targets_ = data["q"][:1], data["a"][:1]
-        before = torch.cat([targets_[:, :1], targets_[:, :-1]], 1)
+        before = torch.cat([data["first"][:1, None], targets_[:, :-1]], 1)
         back = torch.arange(qs.shape[1] - W)[:, None] + torch.arange(W)
         n = len(back)
         obs = observation(qs[0][back], before[0][back], data["wrist"][:1].expand(n, -1), data["axis"][:1].expand(n, -1))
@@ -326,12 +375,11 @@ def main():
     parser.add_argument("--policy", type=Path, default=Path("checkpoints/policy.pt"))
     parser.add_argument("--models", nargs="+", default=["joint"], choices=GROUPS)
     parser.add_argument("--out", type=Path, default=Path("runs/ndm"))
-    parser.add_argument("--steps", type=int, default=2400, help="gradient steps of each fit")
-    parser.add_argument("--residual-steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=8000, help="gradient steps of each fit")
+    parser.add_argument("--residual-steps", type=int, default=400)
     parser.add_argument("--episodes", type=int, default=192, help="simulated episodes of the policy")
-    parser.add_argument("--size-cost", type=float, default=0.5,
-                        help="price of the correction against the error; at 0.1 the residual fits the model better and drops the object")
-    parser.add_argument("--change-cost", type=float, default=0.5)
+    parser.add_argument("--size-cost", type=float, default=0.1, help="price of the correction against the error")
+    parser.add_argument("--change-cost", type=float, default=0.1, help="price of its changes from step to step")
     parser.add_argument("--no-residual", action="store_true", help="the table only")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -348,14 +396,17 @@ def main():
         sets["off distribution: the task, with an object"] = load_shards(args.test)
     policy, content = load_policy(args.policy)
     data = simulate(policy, content, content["wrists"], args.episodes, args.seed)
+    simulated = simulate_box(data, args.seed)
 
     models = {"stays where it is": None}
     for kind in dict.fromkeys(["joint", *args.models]):
         torch.manual_seed(args.seed)
         model = models[kind] = Dynamics(GROUPS[kind], HIDDEN[kind])
-        index = every_window(data["q"])
-        model.fit_scale(*windows(data["q"], data["a"], index[torch.randperm(len(index))[:20000]]))
-        fit(model, data["q"], data["a"], args.steps // 3, 2e-3, f"{kind}: simulated", seed=args.seed)
+        index = every_window(simulated[0])
+        model.fit_scale(*windows(*simulated, index[torch.randperm(len(index))[:20000]]))
+        fit(model, *simulated, args.steps, 2e-3, f"{kind}: simulated", seed=args.seed)
+        if kind == "joint":
+            f_sim = copy.deepcopy(model).requires_grad_(False)
         fit(model, q[~held], a[~held], args.steps, 1e-3, f"{kind}: this hand", seed=args.seed)
     save_checkpoint(args.out / "dynamics.pt", "dynamics", config=models["joint"].config, weights=models["joint"].state_dict(),
                     data=[str(d) for d in args.data])
@@ -368,7 +419,7 @@ def main():
     residual = None
     if not args.no_residual:
         f = models["joint"].requires_grad_(False)
-        residual = fit_residual(f, data, args.residual_steps, args.size_cost, args.change_cost, args.seed)
+        residual = fit_residual(f, f_sim, data, args.residual_steps, args.size_cost, args.change_cost, args.seed)
         save_checkpoint(args.out / "residual.pt", "residual", config=residual.config, weights=residual.state_dict(),
                         data=[str(d) for d in args.data], policy=str(args.policy))
     draw(args.out, models, table, *(x[held] for x in (q, a)), residual, data)

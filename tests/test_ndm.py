@@ -173,7 +173,7 @@ def wandering(n, seed):
     for t in range(79):
         q[:, t + 1] = q[:, t] + 0.5 * (a[:, t] - q[:, t])
     tensor = lambda x: torch.tensor(x, dtype=torch.float32)
-    return {"q": tensor(q), "a": tensor(a), "wrist": tensor(np.tile([1.0, 0, 0, 0], (n, 1))), "axis": tensor(np.tile([0, 0, 1.0], (n, 1)))}
+    return {"q": tensor(q), "a": tensor(a), "first": tensor(a[:, 0]), "wrist": tensor(np.tile([1.0, 0, 0, 0], (n, 1))), "axis": tensor(np.tile([0, 0, 1.0], (n, 1)))}
 
 
 def test_the_residual_mends_a_joint_that_answers_with_less():
@@ -182,7 +182,7 @@ def test_the_residual_mends_a_joint_that_answers_with_less():
     answer = np.ones(16)
     answer[[2, 9]] = 0.8
     f = weak_joint(answer)
-    residual = F.fit_residual(f, wandering(64, 0), 400, 0.0005, 0.0005, batch=48)
+    residual = F.fit_residual(f, weak_joint(np.ones(16)), wandering(64, 0), 400, 0.0005, 0.0005, batch=48)
     fresh = wandering(6, 1)
     miss, corrections, lags = {}, [], []
     for corrected in (False, True):
@@ -210,6 +210,33 @@ def test_the_residual_mends_a_joint_that_answers_with_less():
     slope = (c * lag).sum(0) / (lag * lag).sum(0)
     assert (slope[weak] > 0.12).all() and (slope[weak] < 0.4).all(), slope
     assert slope[good].abs().max() < 0.5 * slope[weak].min()
+
+
+def test_the_residual_does_not_correct_what_both_models_believe():
+    """Two models that are wrong in the same way (they expect every joint to give way by 30 mrad a step) differ in nothing: no
+    correction, though neither predicts what the simulated joints did."""
+    f = lambda h: weak_joint(np.ones(16))(h) + 0.03
+    data = wandering(32, 0)
+    residual = F.fit_residual(f, f, data, 60, 0.0005, 0.0005, batch=48)
+    obs = F.observation(data["q"][:, 20:30], data["a"][:, 19:29], data["wrist"], data["axis"])
+    with torch.no_grad():
+        c = residual(obs, data["a"][:, 29] - data["a"][:, 28])
+    assert c.abs().max() < 1e-4
+
+
+def test_the_simulated_box_replays_the_targets_under_load():
+    env = sim.Rotation(4, CUBE[:1], ["palm_up", "palm_down"], progress=False)
+    a = H.GRASP + 0.2 * np.sin(np.arange(sim.EPISODE)[:, None] / 8 + np.arange(H.N))
+    a = torch.tensor(np.tile(a, (4, 1, 1)), dtype=torch.float32)
+    q, sent = F.simulate_box({"a": a, "wrist": torch.tensor(env.wrist)}, seed=0)
+    again, _ = F.simulate_box({"a": a, "wrist": torch.tensor(env.wrist)}, seed=0)
+    assert q.shape == sent.shape == a.shape and torch.isfinite(q).all() and torch.equal(q, again)
+    noise = (sent - a).std(dim=(1, 2))
+    assert all(s == 0 or 0.8 * F.SIGMA < s < 1.2 * F.SIGMA for s in noise.tolist())
+    spread = (q[:, 1:] - q[:, :-1]).abs().mean((1, 2))
+    assert (spread > 0.002).all()                                          # the hand moves
+    late = (q - sent).abs().mean((0, 1))
+    assert late.max() > 0.05 and late.min() < 0.05                         # and balls are in the way of some joints, not of all
 
 
 def test_the_correction_is_bounded_and_starts_at_nothing():

@@ -174,7 +174,8 @@ def stage(**changes):
     """An object at rest at the canonical grasp, seen by `Task`, with one thing changed."""
     env = SimpleNamespace(n=1, q=H.GRASP[None].copy(), dq=np.zeros((1, 16)), target=H.GRASP[None].copy(), omega=np.zeros((1, 3)),
                           axis=np.array([[0, 0, 1.0]]), quat=np.array([[1.0, 0, 0, 0]]), vel=np.zeros((1, 6)), pos=np.zeros((1, 3)),
-                          home=np.zeros((1, 3)), contact=np.zeros((1, 4, 4)), fallen=np.zeros(1, bool), objects=CUBE[:1], which=np.zeros(1, int))
+                          home=np.zeros((1, 3)), contact=np.zeros((1, 4, 4)), fallen=np.zeros(1, bool), objects=CUBE[:1], which=np.zeros(1, int), wrists=[0],
+                          which_wrist=np.zeros(1, int))
     task = T.Task(env)
     task.episodes = 100
     vars(env).update({name: np.array([value]) for name, value in changes.items()})
@@ -199,6 +200,9 @@ def test_reward_terms_by_hand():
     assert gained(contact=np.ones((4, 4))) == pytest.approx(3 * T.A_CONTACT)
     assert gained(pos=(0.003, 0, -0.004)) == pytest.approx(-T.A_POS * 0.005)
     assert gained(fallen=True) == pytest.approx(-T.FALL_PENALTY)
+    still, turning = stage(), stage(omega=(0, 0, 0.3))
+    still.holds[:] = turning.holds[:] = False                                       # before it can hold, turning is worth half
+    assert turning.reward()[0] - still.reward()[0] == pytest.approx(0.5 * T.A_ROT * 0.3)
 
 
 def test_wobble_costs_nothing_at_first():
@@ -248,6 +252,18 @@ def test_randomisation_stays_in_its_ranges_and_reaches_the_model():
         assert body.inertia == pytest.approx(np.full(3, env.mass[i] * 0.0525 ** 2 / 6), rel=1e-3)     # a solid cube: m s^2 / 6
         assert env.models[i].geom_friction[env.models[i].geom_bodyid == body.id][0, 0] == pytest.approx(env.friction[i])
     assert len(np.unique(env.wrist, axis=0)) == 2 and len(np.unique(env.axis, axis=0)) == 2
+
+
+def test_no_two_motors_are_alike_in_training_and_all_are_nominal_elsewhere():
+    envs = {motors: sim.Rotation(6, CUBE, gravity_scale=0.5, motors=motors, progress=False) for motors in (False, True)}
+    plain, drawn = ([np.array(x) for x in zip(*((m.dof_frictionloss[:16] / H.FRICTION, m.actuator_gainprm[:, 0] / H.STIFFNESS,
+                                                -m.actuator_biasprm[:, 1] / H.STIFFNESS) for m in env.models))] for env in envs.values())
+    assert np.allclose(plain, 1)
+    friction, gain, back = drawn
+    assert np.array_equal(gain, back)                                     # still a spring about the target
+    for x, (low, high) in ((friction, sim.MOTOR_FRICTION), (gain, sim.MOTOR_GAIN)):
+        low, high = (1 + low) / 2, (1 + high) / 2                         # at half the gravity, half the spread
+        assert (low <= x).all() and (x <= high).all() and x.std() > 0.2 * (high - low) and len(np.unique(x)) == x.size
 
 
 @pytest.mark.parametrize("physics", [{"timestep": 1 / 240}, {"timestep": 1 / 960, "integrator": "implicit"}])
