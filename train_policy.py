@@ -36,11 +36,12 @@ FAMILIES = {
 
 # ------------------------------------------------------------------------------------------- observation and reward
 # r = a_rot r_rot + a_goal r_goal + a_pen r_pen. Where the weights differ from the paper's, what was measured (2 cores, both
-# wrists, +-z, cuboids and cylinders, 1-2.5 M steps at 0.2 g, one seed each):
+# wrists, +-z, cuboids and cylinders, 1-2.6 M steps at 0.2 g, one seed each):
 #   C_ROT 0.7, A_ROT 2.5, A_POSE 0.15-0.5, FALL 5-10    twists the object half a turn in one stroke and throws it: 2.6 rad, 4 s
 #   C_ROT 0.5, A_ROT 2.5, A_POSE 0.3, FALL 20           one stroke of 1 rad, then holds: 0.9 rad, 19 s
 #   C_ROT 0.5, A_ROT 5.0, A_POSE 0.3, FALL 20           throws again, rising slowly: 2.6 rad, 10 s
-#   the values below                                    lifts its fingers and takes new holds: 3.5 rad, 17 s; 13 rad at 1 g after 6.4 M
+#   the values below                                    twists and drops: 1.6 rad, 12 s after 2.6 M
+#   the same, but A_ROT halved until it holds           lifts its fingers and takes new holds: 3 rad, 17 s after 3.2 M; see README for the end
 C_ROT = 0.5            # rad/s, clip of the rewarded rotation
 A_ROT = 5.0            # not given in the paper
 A_POSE = 1.0           # paper 0.3; at the end of a stroke it is worth while to lift the fingers one by one and go back
@@ -259,8 +260,7 @@ def train_oracle(family, args, minutes, path, curve):
     # Gravity rises with success at rotating, not at holding: raised on survival alone a policy learns to hold still
     # (1.6 rad); at full gravity from the start it learns half a turn and a drop (3 rad, 4 s).
     level = np.full(len(args.wrist), 0.2)
-    # Before that it learns to hold, with A_ROT halved until 85 % of an episode is held: with all of it from the start it twists and
-    # drops, and stays there (1.6 rad, 12 s after 2.6 M steps).
+    # Before that it learns to hold, with A_ROT halved until 85 % of an episode is held.
     holds = task.holds
     holds[:] = False
     done_s, steps, best, lr = 0.0, 0, -1.0, 5e-4

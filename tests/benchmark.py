@@ -5,13 +5,17 @@
 environment     control steps per second of sim.Rotation (step and observe) over bare mujoco.rollout of the same models
 fit             gradient steps per second of the batched joint-wise model over a loop of 16 networks
 latency         policy + residual, from joint positions to joint targets, over the 50 ms tick
-jitter          of the deployment loop at 20 Hz, over the 50 ms tick
+jitter          of the deployment loop at 20 Hz with policy, residual and the emulated motor bus, over the 50 ms tick
 physics         RotR and TTF of every shipped policy with other numerics over those with the nominal ones, and what NaN cost
 bus             one reading and one command on the emulated motor bus over the time of their bits on a wire of 4 Mbaud
 """
 import argparse
+import contextlib
 import inspect
+import json
+import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -116,18 +120,22 @@ def fit_steps(batch):
     show(f"fit: batched joint-wise model over 16 networks, batch {batch}", f"{ratio(spent):.2f}", ">= 5")
 
 
-class Nothing(H.Hand):
-    """A hand without a bus, to time the loop around it; notes when commands pass."""
-
-    def __init__(self):
-        super().__init__()
-        self.times = []
-
-    def read(self):
-        return H.Reading(H.GRASP + 0.01 * np.random.default_rng(len(self.times)).normal(size=H.N), np.zeros(H.N), np.zeros(H.N), time.monotonic())
-
-    def _write(self, target):
-        self.times.append(time.perf_counter())
+@contextlib.contextmanager
+def hand_on_a_bus():
+    """The driver on the emulated motor bus, which runs in a process of its own at the speed of 4 Mbaud."""
+    with tempfile.TemporaryDirectory() as folder:
+        limits, report, link = (Path(folder) / name for name in ("limits.json", "report.json", "ttyLEAP"))
+        limits.write_text(json.dumps([(H.JOINTS[k].low, H.JOINTS[k].high) for k in np.argsort(H.MOTOR_ID)]))
+        bus = subprocess.Popen([sys.executable, ROOT / "tests/emulated_bus.py", "--link", link, "--report", report,
+                                "--limits", limits, "--stops", limits])
+        try:
+            while not report.exists():
+                time.sleep(0.05)
+            with H.DynamixelHand(str(link), Path(folder) / "calibration.json") as hand:
+                yield hand
+        finally:
+            bus.terminate()
+            bus.wait()
 
 
 def controller():
@@ -151,9 +159,12 @@ def latency():
 
 
 def jitter():
-    hand = Nothing()
-    deploy.episode(hand, controller(), steps=60 if args.quick else 400)
-    late = np.abs(np.diff(hand.times)[2:] - TICK)
+    with hand_on_a_bus() as hand:
+        hand.move_to(H.GRASP)
+        write, times = hand._write, []
+        hand._write = lambda target: (times.append(time.perf_counter()), write(target))
+        deploy.episode(hand, controller(), steps=round((5 if args.quick else 60) / TICK))
+    late = np.abs(np.diff(times) - TICK)
     for name, value in zip(("median", "p99", "worst"), np.percentile(late, [50, 99, 100])):
         show(f"jitter: |tick - 50 ms|, {name}, over the tick", f"{value / TICK:.4f}", f"({1000 * value:.2f} ms)")
 
@@ -188,18 +199,9 @@ def physics():
 
 
 def bus():
-    try:
-        from emulated_bus import EmulatedBus
-        try:
-            from hand import DynamixelHand
-        except ImportError:
-            from hand import DynamixelHand
-    except ImportError as error:
-        return show(f"bus: not measured, {error}", "-")
-    limits = [(H.JOINTS[k].low, H.JOINTS[k].high) for k in np.argsort(H.MOTOR_ID)]
     # bytes: fast sync read of 10 bytes from 16 motors, their one long answer, sync write of 4 bytes to each; 10 bits a byte
     least = (14 + 16 + 8 + 16 * (10 + 4) + 14 + 16 * 5) * 10 / 4e6
-    with EmulatedBus(limits=limits, stops=limits) as motors, DynamixelHand(motors.path, "/nonexistent/calibration.json") as hand:
+    with hand_on_a_bus() as hand:
         q, spent = hand.read().q, []
         for _ in range(60 if args.quick else 1000):
             start = time.perf_counter()
