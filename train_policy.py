@@ -376,7 +376,7 @@ def train_oracle(family, args, minutes, path, curve):
         latest = {c[1]: c for c in curve[-2 * len(args.wrist):]}
         bar(min(seconds, minutes * 60), "  ".join(f"{args.wrist[w]}: {c[4]:.1f} rad {c[5]:.0f} s at {c[6]:.2f} g" for w, c in
             sorted(latest.items())) + f"  ev {explained:.2f} kl {kl:.3f} clip {np.mean(clipped):.2f} std {oracle.log_std.exp().mean():.2f}"
-            f" lr {lr:.0e}  {steps / 1e6:.2f} M, {(steps - 0) / seconds:,.0f} steps/s")
+            f" lr {lr:.0e}  {steps / 1e6:.2f} M, {steps / seconds:,.0f} steps/s")
         if over or time.monotonic() - saved_at > 60:
             saved_at = time.monotonic()
             save_checkpoint(path, "oracle", family=family, size=O.shape[2], weights=best_weights if best > 0 else oracle.state_dict(),
@@ -401,10 +401,18 @@ def distil(oracles, args, minutes, path):
     student = Generalist()
     X, Y, buffer = [], [], 12                                # rounds that are kept
     opt = torch.optim.Adam(student.parameters(), lr=1e-3, fused=True)
-    start, rounds = time.monotonic(), 0
+    task_of = dict(families=families_of(args), wrists=args.wrist, axes=args.axis)
+    rounds, seconds = 0, 0.0
+    if path.exists():
+        saved = load_checkpoint(path, "policy")
+        if any(saved.get(name) != value for name, value in task_of.items()) or "rounds" not in saved:
+            raise H.Problem(f"{path} was trained for something else; choose another --out")
+        student.load_state_dict(saved["weights"])
+        rounds, seconds = saved["rounds"], saved["seconds"]
+    start = time.monotonic() - seconds
     bar = sim.Progress("generalist", minutes * 60, " s")
     teams = [(oracle, sim.Rotation(n, objects_of(family), args.wrist, args.axis, seed=args.seed + 1000, motors=args.motors)) for family, oracle in oracles]
-    while True:
+    while seconds < minutes * 60:
         oracle, env = teams[rounds % len(teams)]
         task = Task(env)
         cloning = rounds < args.cloning * len(teams)
@@ -439,7 +447,7 @@ def distil(oracles, args, minutes, path):
         for group in opt.param_groups:
             group["lr"] = 1e-3 * max(left, 0.05)
         for _ in range(400):
-            which = torch.randint(len(X), (1,)).item() if rounds > 1 else 0
+            which = torch.randint(len(X), (1,)).item()
             idx = torch.randint(len(X[which]), (2048,))
             loss = (student(X[which][idx].float()) - Y[which][idx].float()).pow(2).mean()
             opt.zero_grad()
@@ -449,10 +457,9 @@ def distil(oracles, args, minutes, path):
         seconds = time.monotonic() - start
         bar(min(seconds, minutes * 60), f"round {rounds} driven by the {'oracle' if cloning else 'student'}: "
             f"{result['RotR'].mean() / sim.CONTROL_HZ:.1f} rad {result['TTF'].mean():.1f} s  loss {loss.item():.4f}")
-        save_checkpoint(path, "policy", config=student.config, weights=student.state_dict(), families=families_of(args), wrists=args.wrist,
-                        axes=args.axis, seed=args.seed)
-        if seconds >= minutes * 60:
-            return student.eval()
+        save_checkpoint(path, "policy", config=student.config, weights=student.state_dict(), seed=args.seed, rounds=rounds, seconds=seconds,
+                        **task_of)
+    return student.eval()
 
 
 def draw_curve(path, curve, args):
@@ -508,7 +515,7 @@ def main():
     parser.add_argument("--axis", nargs="+", default=["+z", "-z"], choices=sim.AXES, type=str.strip)
     parser.add_argument("--motors", action="store_true", help="draw friction and gain of every joint anew for each episode; the default "
                         "is the paper's: textbook motors, and the residual to close the gap")
-    parser.add_argument("--minutes", type=float, default=30, help="training time in all (default 30)")
+    parser.add_argument("--minutes", type=float, default=40, help="training time in all (default 40)")
     parser.add_argument("--envs", type=int, default=512)
     parser.add_argument("--entropy", type=float, default=0.0)
     parser.add_argument("--seed", type=int, default=0)
