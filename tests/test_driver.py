@@ -11,16 +11,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-
-
+import torch
 
 import emulated_bus
+import fit_ndm
 import hand as H
-from hand import DynamixelHand
+import train_policy
+from conftest import ROOT, finish, start
 from emulated_bus import EmulatedBus
+from hand import DynamixelHand
 
 BY_MOTOR = [H.JOINTS[k] for k in np.argsort(H.MOTOR_ID)]
 LIMITS = [(j.low, j.high) for j in BY_MOTOR]
@@ -658,3 +657,43 @@ def test_a_slow_latency_timer(bus, monkeypatch, tmp_path):
     monkeypatch.setattr(H, "LATENCY", str(tmp_path / "latency_timer"))
     with pytest.raises(H.Problem, match="latency timer is 16 ms.*tee"):
         DynamixelHand(bus.path, NO_FILE)
+
+
+# ---------------------------------------------------------------------------------------------- the stages on the bus
+def whole_and_safe(path, bus):
+    """A trajectory of 20 s at 20 Hz that the fingers followed within the limits, and a hand that has let go."""
+    with np.load(path) as shard:
+        q, target, times = shard["q"], shard["target"], shard["time"]
+    assert q.shape == target.shape == (400, 16) and np.isfinite(q).all()
+    assert abs(np.median(np.diff(times)) - 0.05) < 0.005 and np.diff(times).min() > 0
+    assert np.median(np.abs(target - q)) < 0.1
+    assert (target >= H.LOW - 1e-6).all() and (target <= H.HIGH + 1e-6).all() and bus.stats["goals_outside_limits"] == 0
+    assert not driving(bus)
+
+
+def test_collect_goes_on_when_the_adapter_is_unplugged(bus, toy_policy, tmp_path):
+    process = start("collect.py", "--hours", 1 / 180, "--port", bus.path, "--source", "waves", "--policy", toy_policy, "--out", tmp_path)
+    begin = time.monotonic()
+    while bus.stats["goal_writes"] < 60 and time.monotonic() - begin < 60:
+        time.sleep(0.05)
+    bus.unplug()
+    time.sleep(1.0)
+    bus.plug()
+    status, out, errors = finish(process)
+    assert status == 0 and "1 trajectories" in out, (out, errors)
+    log = (tmp_path / "log.txt").read_text()
+    assert "trajectory 0 lost" in log and "is gone" in log and "connected again" in log and "end: 1 trajectories" in log
+    whole_and_safe(tmp_path / "00000.npz", bus)
+
+
+def test_deploy_drives_the_hand_with_policy_and_residual(bus, toy_policy, tmp_path):
+    torch.manual_seed(0)
+    residual = fit_ndm.Residual()
+    torch.nn.init.normal_(residual.net[-1].weight, std=0.05)
+    train_policy.save_checkpoint(tmp_path / "residual.pt", "residual", config=residual.config, weights=residual.state_dict())
+    status, out, errors = finish(start("deploy.py", "--port", bus.path, "--policy", toy_policy, "--residual", tmp_path / "residual.pt",
+                                       "--wrist", "palm_up", "--axis=+z", "--episodes", 1, "--record", tmp_path))
+    assert status == 0 and "episode 1: 400 steps" in out, (out, errors)
+    whole_and_safe(tmp_path / "00000.npz", bus)
+    with np.load(tmp_path / "00000.npz") as shard:           # the policy holds still: what moves is the correction, within its bound
+        assert 0.001 < np.abs(shard["target"] - H.GRASP).max() <= fit_ndm.BOUND + 1e-6
