@@ -14,7 +14,6 @@ Run it again and it goes on after the last whole trajectory. Half of the traject
 target. Errors of the bus, a motor's reboot or an unplugged adapter cost the running trajectory, nothing more.
 """
 import argparse
-import hashlib
 import multiprocessing
 import os
 import signal
@@ -26,7 +25,7 @@ import torch
 
 import hand as H
 import sim
-from train_policy import load_policy, objects_of, targets
+from train_policy import digest, load_policy, objects_of, targets
 
 SIGMA = 0.01            # rad, noise on the targets of half of the trajectories
 SECONDS = sim.EPISODE / H.CONTROL_HZ
@@ -119,7 +118,7 @@ def main():
 
     policy, content = load_policy(args.policy)
     facts = dict(hand=H.HAND, wrist=args.wrist, load=args.load, source=args.source, seed=args.seed, port=args.port,
-                 policy=hashlib.sha256(args.policy.read_bytes()).hexdigest()[:16])
+                 policy=digest(args.policy))
     done = {int(p.stem) for p in args.out.glob("[0-9]*.npz")}
     for index in sorted(done)[:1]:                       # goes on only with what it began
         old = sim.load_npz(args.out / f"{index:05d}.npz", *facts)

@@ -27,7 +27,7 @@ import torch
 import hand as H
 import sim
 from fit_ndm import load_residual
-from train_policy import FAMILIES, load_policy, objects_of, targets
+from train_policy import FAMILIES, digest, load_policy, objects_of, targets
 
 HZ = H.CONTROL_HZ
 
@@ -259,16 +259,20 @@ def main():
         raise H.Problem("--episodes and --workers must be at least 1")
     if args.compare and (args.base or args.record):
         raise H.Problem("--compare runs with and without the residual: it goes with neither --base nor --record")
+    virtual = args.port.startswith("sim:")
+    if not virtual and (args.compare or args.gif or args.json):
+        raise H.Problem("--compare, --gif and --json need to see the object, which only a virtual hand can: --port sim:SEED")
     _, content = load_policy(args.policy)                          # fail early and in one place
     if not args.base:
-        load_residual(args.residual)
+        fitted = load_residual(args.residual)[1]
+        for what, found, used in (("hand", fitted.get("port"), args.port), ("policy", fitted.get("policy"), digest(args.policy))):
+            if found != used:
+                print(f"note: {args.residual} was fitted to the {what} {found}, this is {used}", file=sys.stderr)
     for name, given in (("wrists", args.wrist), ("axes", args.axis)):
         strange = [g for g in given if g not in content[name]]
         if strange:
             print(f"note: the policy was never trained on {', '.join(strange)}", file=sys.stderr)
-    if not args.port.startswith("sim:"):
-        if args.compare or args.gif or args.json:
-            raise H.Problem("--compare, --gif and --json need to see the object, which only a virtual hand can: --port sim:SEED")
+    if not virtual:
         return on_a_real_hand(args)
 
     for obj in chosen_objects(args, content):                      # once, before the workers all want them

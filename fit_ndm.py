@@ -1,7 +1,9 @@
 """Stage 3: how each joint of this hand really answers, and the correction that makes it land where the simulated one did.
 
+    python fit_ndm.py                                                                  # all that is in data/, if it is of one hand
     python fit_ndm.py --data data/sim0-palm_down-balls-policy data/sim0-palm_up-balls-policy
     python fit_ndm.py --data ... --test data/sim0-task --models joint finger whole     # the comparison table
+    python fit_ndm.py --table runs/ndm*/table.json                                     # of several hands, with the spread
 
 reads   the trajectories that collect.py wrote (--data), and for the table trajectories of the task itself (--test, written
         by `deploy.py --record`), checkpoints/policy.pt
@@ -30,7 +32,7 @@ import hand as H
 import sim
 from collect import SIGMA
 from sim import W
-from train_policy import load_network, load_policy, objects_of, save_checkpoint, targets
+from train_policy import digest, load_network, load_policy, objects_of, save_checkpoint, targets
 
 GROUPS = {"joint": 16, "finger": 4, "whole": 1}     # how many models share the hand: 16 x 1, 4 x 4 or 1 x 16 joints
 HIDDEN = {"joint": 64, "finger": 128, "whole": 256}
@@ -232,21 +234,25 @@ def load_residual(path):
 
 # ------------------------------------------------------------------------------------------------------------ data
 def load_shards(folders):
-    """Trajectories of `folders`: q, a (n, 400, 16) rad float32 tensors. Raises `Problem` on other hands, NaN, broken files."""
-    qs, targets_ = [], []
+    """Trajectories of `folders`: q, a (n, 400, 16) rad float32 tensors, and the port of the hand that made them. Raises `Problem` on
+    other hands, more than one hand, NaN, broken files."""
+    qs, targets_, ports = [], [], {}
     for folder in folders:
         files = sorted(Path(folder).glob("[0-9]*.npz"))
         if not files:
             raise H.Problem(f"{folder} holds no trajectories; run collect.py first, or name the folder that it printed")
         for file in files:
-            data = sim.load_npz(file, "q", "target", "hand")
+            data = sim.load_npz(file, "q", "target", "hand", "port")
             if str(data["hand"]) != H.HAND:
                 raise H.Problem(f"{file} was recorded on the hand {data['hand']}, not {H.HAND}")
             if data["q"].shape != (sim.EPISODE, H.N) or data["target"].shape != (sim.EPISODE, H.N):
                 raise H.Problem(f"{file} has trajectories of shape {data['q'].shape}, not {(sim.EPISODE, H.N)}")
             qs.append(data["q"])
             targets_.append(data["target"])
-    return torch.tensor(np.array(qs)), torch.tensor(np.array(targets_))
+            ports[str(data["port"])] = file
+    if len(ports) > 1:
+        raise H.Problem(f"these are of several hands ({', '.join(map(str, ports.values()))}): every hand needs a model of its own")
+    return torch.tensor(np.array(qs)), torch.tensor(np.array(targets_)), *ports
 
 
 def simulate(policy, content, wrists, episodes, seed):
@@ -274,7 +280,7 @@ def simulate(policy, content, wrists, episodes, seed):
 
 def simulate_box(data, seed):
     """What collect.py does on a hand, in the training simulator: the targets of `data` replayed open loop in the Chaos Box, half of
-    them with noise. Returns q, a (n, 400, 16) as `load_shards` does."""
+    them with noise. Returns q, a (n, 400, 16) rad."""
     rng = np.random.default_rng([seed, 16])
     a, wrists = data["a"].double().numpy(), data["wrist"].numpy()
     a = np.clip(a + rng.normal(0, SIGMA, a.shape) * (rng.random((len(a), 1, 1)) < 0.5), H.LOW, H.HIGH)
@@ -311,6 +317,21 @@ def format_table(table):
         lines += [f"  {joint.name:<10}" + "".join(f"{e['one'][i]:9.2f} /{e['open'][i]:7.2f}" for e in models.values())
                   for i, joint in enumerate(H.JOINTS)]
     return "\n".join(lines)
+
+
+def table_of_hands(files):
+    """The table.json of several hands as one: error averaged over joints, mean and standard deviation over hands."""
+    try:
+        tables = [json.loads(Path(file).read_text()) for file in files]
+        mean = {name: {kind: {e: np.array([np.mean(t[name][kind][e]) for t in tables]) for e in ("one", "open")} for kind in kinds}
+                for name, kinds in tables[0].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise H.Problem(f"not all of these are a table.json of the same comparison ({type(error).__name__}: {error})")
+    print(f"mean over joints, mrad; {len(tables)} hands         one step     0.5 s open loop")
+    for name, kinds in mean.items():
+        print(f"  {name}")
+        for kind, e in kinds.items():
+            print(f"    {kind:<32} {e['one'].mean():6.2f} +- {e['one'].std():.2f}   {e['open'].mean():6.1f} +- {e['open'].std():.1f}")
 
 
 @torch.no_grad()
@@ -370,7 +391,7 @@ def draw(out, models, table, q, a, residual, data):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", nargs="+", type=Path, required=True, help="folders of collect.py")
+    parser.add_argument("--data", nargs="+", type=Path, help="folders of collect.py (default data/*-balls-policy)")
     parser.add_argument("--test", nargs="+", type=Path, default=[], help="folders of `deploy.py --record`: the task itself")
     parser.add_argument("--policy", type=Path, default=Path("checkpoints/policy.pt"))
     parser.add_argument("--models", nargs="+", default=["joint"], choices=GROUPS)
@@ -382,18 +403,24 @@ def main():
     parser.add_argument("--change-cost", type=float, default=0.03, help="price of its changes from step to step")
     parser.add_argument("--no-residual", action="store_true", help="the table only")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--table", nargs="+", type=Path, help="only print these table.json as one")
     args = parser.parse_args()
+    if args.table:
+        return table_of_hands(args.table)
+    args.data = args.data or sorted(Path("data").glob("*-balls-policy"))
+    if not args.data:
+        raise H.Problem("there is no data/*-balls-policy; run collect.py first, or name its folders with --data")
     args.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
     began = time.monotonic()
 
-    q, a = load_shards(args.data)
+    q, a, port = load_shards(args.data)
     held = torch.arange(len(q)) % 10 == 9                          # every tenth trajectory is never trained on
     if len(q) < 10:
         raise H.Problem(f"{len(q)} trajectories are too few; collect at least 10")
     sets = {"in distribution: held-out trajectories": (q[held], a[held])}
     if args.test:
-        sets["off distribution: the task, with an object"] = load_shards(args.test)
+        sets["off distribution: the task, with an object"] = load_shards(args.test)[:2]
     policy, content = load_policy(args.policy)
     data = simulate(policy, content, content["wrists"], args.episodes, args.seed)
     simulated = simulate_box(data, args.seed)
@@ -409,7 +436,7 @@ def main():
             f_sim = copy.deepcopy(model).requires_grad_(False)
         fit(model, q[~held], a[~held], args.steps, 1e-3, f"{kind}: this hand", seed=args.seed)
     save_checkpoint(args.out / "dynamics.pt", "dynamics", config=models["joint"].config, weights=models["joint"].state_dict(),
-                    data=[str(d) for d in args.data])
+                    data=[str(d) for d in args.data], port=port)
     table = table_of(models, sets)
     text = format_table(table)
     print(text)
@@ -421,7 +448,7 @@ def main():
         f = models["joint"].requires_grad_(False)
         residual = fit_residual(f, f_sim, data, args.residual_steps, args.size_cost, args.change_cost, args.seed)
         save_checkpoint(args.out / "residual.pt", "residual", config=residual.config, weights=residual.state_dict(),
-                        data=[str(d) for d in args.data], policy=str(args.policy))
+                        data=[str(d) for d in args.data], port=port, policy=digest(args.policy))
     draw(args.out, models, table, *(x[held] for x in (q, a)), residual, data)
     print(f"{args.out}: dynamics.pt, {'residual.pt, ' if residual else ''}table.txt and pictures in {(time.monotonic() - began) / 60:.1f} min")
 

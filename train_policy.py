@@ -12,6 +12,7 @@ Run it again with the same --out and it goes on where it stopped; Ctrl-C at any 
 The method, the reward and its weights are the paper's (arXiv 2510.08556); what differs says why, with a measurement.
 """
 import argparse
+import hashlib
 import json
 import time
 from pathlib import Path
@@ -233,6 +234,11 @@ def load_network(path, kind, network):
 def load_policy(path):
     """The generalist in `path`, ready to be called on (n, 327) float32 tensors, and what else the file says."""
     return load_network(path, "policy", Generalist)
+
+
+def digest(path):
+    """The first 16 digits of a file's SHA-256: which policy it was."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
 
 
 @torch.no_grad()

@@ -126,7 +126,7 @@ def test_deploy_records_what_fit_ndm_reads_and_is_the_same_again(pipeline, toy_p
     assert results[0] == results[1]
     assert results[0][WRIST]["RotR"]["mean"] == pytest.approx(json.loads((pipeline[0] / "numbers.json").read_text())["base"]["RotR"])
     if results[0][WRIST]["TTF"]["mean"] == 20:
-        q, a = fit_ndm.load_shards([tmp_path / "a"])
+        q, a, _ = fit_ndm.load_shards([tmp_path / "a"])
         assert q.shape == a.shape == (2, 400, 16)
 
 
@@ -184,7 +184,7 @@ def test_collection_goes_on_after_a_kill_and_after_ctrl_c(how, toy_policy, tmp_p
     said = run(*command)
     assert [p.name for p in shards(tmp_path)] == [f"{i:05d}.npz" for i in range(8)] and f"{8 - len(kept)} new" in said
     assert all((tmp_path / name).read_bytes() == data for name, data in kept.items())
-    q, _ = fit_ndm.load_shards([tmp_path])
+    q, _, _ = fit_ndm.load_shards([tmp_path])
     assert len(q) == 8
 
 
@@ -227,13 +227,17 @@ def bad_inputs(tmp, policy):
         "fit: torn": (fit_ndm, fit(torn.parent), "cannot be read"),
         "fit: other hand": (fit_ndm, fit(shard(tmp / "left", hand="leap-left")), "leap-left"),
         "fit: other length": (fit_ndm, fit(shard(tmp / "short", q=np.zeros((10, 16)))), "(10, 16)"),
+        "fit: no data": (fit_ndm, here, "run collect.py first"),
+        "fit: two hands": (fit_ndm, ("--data", shard(tmp / "one"), shard(tmp / "two", port="sim:9"), *here, *into), "several hands"),
+        "fit: not a table": (fit_ndm, ("--table", tmp / "broken.pt"), "table.json"),
         "fit: too few": (fit_ndm, fit(shard(tmp / "few")), "too few"),
         "deploy: no policy": (deploy, ("--port", "sim", *missing), "missing.pt is not there"),
         "deploy: no residual": (deploy, ("--port", "sim", *here, "--residual", tmp / "none.pt"), "none.pt is not there"),
         "deploy: policy as residual": (deploy, ("--port", "sim", *here, "--residual", policy), "not a residual"),
         "deploy: not a seed": (deploy, ("--port", "sim:-1", "--base", *here), "sim:7"),
         "deploy: absent port": (deploy, ("--port", "/dev/ttyUSB99", "--base", *here), "/dev/ttyUSB99"),
-        "deploy: compare on a real hand": (deploy, ("--port", "/dev/ttyUSB99", "--base", "--compare", *here), "virtual hand"),
+        "deploy: compare on a real hand": (deploy, ("--port", "/dev/ttyUSB99", "--compare", *here), "virtual hand"),
+        "deploy: compare the base alone": (deploy, ("--port", "sim", "--base", "--compare", *here), "neither --base"),
         "deploy: no episodes": (deploy, ("--port", "sim", "--base", "--episodes", 0, *here), "--episodes"),
     }
 
@@ -250,7 +254,7 @@ def test_bad_input_is_one_clear_line_and_exit_2(tmp_path, toy_policy, monkeypatc
     assert not wrong, "\n".join(wrong)
 
 
-@pytest.mark.parametrize("command", [("train_policy.py", "--axis", "up"), ("collect.py", "--wrist", "sideways"), ("fit_ndm.py",), ("deploy.py", "--speed", "9")])
+@pytest.mark.parametrize("command", [("train_policy.py", "--axis", "up"), ("collect.py", "--wrist", "sideways"), ("fit_ndm.py", "--models", "toe"), ("deploy.py", "--speed", "9")])
 def test_wrong_flags_are_answered_with_usage(command):
     status, out, err = finish(start(*command))
     assert status == 2 and "Traceback" not in err and err.startswith("usage:") and ": error: " in err.splitlines()[-1]
