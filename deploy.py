@@ -213,7 +213,8 @@ def gap_table(files, picture):
         axis.set_xticks(range(len(reports)), [r["port"] for r in reports])
         axis.set_ylabel(label)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3, fontsize=9)
-    figure.savefig(picture, dpi=90)
+    with H.whole(picture) as file:
+        figure.savefig(file, dpi=90)
     print(f"bars in {picture}")
 
 
@@ -289,10 +290,8 @@ def main():
                 print(f"{args.port} {wrist}: {s['RotR']['mean'] / HZ:.2f} rad (RotR {s['RotR']['mean']:.0f} +- {s['RotR']['sem']:.0f}), "
                       f"TTF {s['TTF']['mean']:.1f} s, RotP {s['RotP']['mean']:.2f} rad/s, {args.episodes} episodes")
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        temporary = args.json.with_name(f".{args.json.name}.tmp")
-        temporary.write_text(json.dumps(report, indent=1) + "\n")
-        temporary.replace(args.json)
+        with H.whole(args.json, "w") as file:
+            file.write(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -341,6 +341,10 @@ def draw(out, models, table, q, a, residual, data):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    def save(figure, name):
+        with H.whole(out / name) as file:
+            figure.savefig(file, dpi=90)
+
     f = models["joint"]
     time_s = np.arange(q.shape[1]) / H.CONTROL_HZ
     index = torch.stack([torch.zeros(q.shape[1] - W, dtype=torch.long), torch.arange(q.shape[1] - W)], 1)
@@ -358,7 +362,7 @@ def draw(out, models, table, q, a, residual, data):
     for axis in axes[:, 0]:
         axis.set_ylabel("rad")
     figure.suptitle("Held-out trajectory: what each joint did, and what its model says it would")
-    figure.savefig(out / "prediction.png", dpi=90)
+    save(figure, "prediction.png")
 
     figure, axes = plt.subplots(len(table), 1, figsize=(11, 3.2 * len(table)), layout="constrained", squeeze=False)
     for axis, (name, kinds) in zip(axes[:, 0], table.items()):
@@ -369,7 +373,7 @@ def draw(out, models, table, q, a, residual, data):
         axis.set_ylabel("mrad")
         axis.set_title(f"0.5 s open-loop error, {name}", fontsize=10)
     axes[0, 0].legend(fontsize=8)
-    figure.savefig(out / "error.png", dpi=90)
+    save(figure, "error.png")
 
     if residual is not None:
         qs, targets_ = data["q"][:1], data["a"][:1]
@@ -385,7 +389,7 @@ def draw(out, models, table, q, a, residual, data):
         axis.set_xlabel("s")
         axis.set_title("The correction that the residual adds to the targets of one simulated episode, mrad")
         figure.colorbar(im)
-        figure.savefig(out / "correction.png", dpi=90)
+        save(figure, "correction.png")
     plt.close("all")
 
 
@@ -410,7 +414,6 @@ def main():
     args.data = args.data or sorted(Path("data").glob("*-balls-policy"))
     if not args.data:
         raise H.Problem("there is no data/*-balls-policy; run collect.py first, or name its folders with --data")
-    args.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
     began = time.monotonic()
 
@@ -440,8 +443,9 @@ def main():
     table = table_of(models, sets)
     text = format_table(table)
     print(text)
-    (args.out / "table.txt").write_text(text + "\n")
-    (args.out / "table.json").write_text(json.dumps(table, indent=1))
+    for name, content in (("table.txt", text), ("table.json", json.dumps(table, indent=1))):
+        with H.whole(args.out / name, "w") as file:
+            file.write(content + "\n")
 
     residual = None
     if not args.no_residual:

@@ -9,6 +9,7 @@
 A fork for another hand replaces the table below and, if its motors are no Dynamixels, `DynamixelHand`.
 """
 import argparse
+import contextlib
 import errno
 import glob
 import inspect
@@ -147,15 +148,37 @@ class Problem(Exception):
 
 
 def run(main):
-    """Run a script's `main()`; a `Problem` becomes one clear line and exit status 2, Ctrl-C status 130."""
+    """Run a script's `main()`; a `Problem` and a disk that takes no more become one clear line and exit status 2, Ctrl-C status 130."""
     try:
         sys.exit(main())
     except Problem as problem:
         print(f"error: {problem}", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS):
+            raise
+        print(f"error: {error.filename or 'a file'} cannot be written: {error.strerror}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         sys.exit(130)
+
+
+@contextlib.contextmanager
+def whole(path, mode="wb"):
+    """A file to write to, under a temporary name and renamed at the end: `path` is whole or what it was before. `Problem` when it cannot be written,
+    as on a full disk."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, mode) as file:
+            yield file
+        temporary.replace(path)
+    except OSError as error:
+        raise Problem(f"cannot write {path}: {error.strerror or error}; what is already there is whole, so mend that and run it again")
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 class BusError(Problem):
@@ -1038,16 +1061,14 @@ def check_picture(trace, segments, path):
     axes[0, 0].legend(fontsize=8)
     fig.supxlabel("s")
     fig.supylabel("degrees")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fig.savefig(path, dpi=110)
+    with whole(path) as file:
+        fig.savefig(file, dpi=110)
     plt.close(fig)
 
 
 def save_calibration(path, offset):
-    """Whole or not at all."""
-    text = json.dumps({"hand": HAND, "offset": {j.name: round(float(o), 5) for j, o in zip(JOINTS, offset)}}, indent=1)
-    Path(f"{path}.part").write_text(text + "\n")
-    os.replace(f"{path}.part", path)
+    with whole(path, "w") as file:
+        file.write(json.dumps({"hand": HAND, "offset": {j.name: round(float(o), 5) for j, o in zip(JOINTS, offset)}}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -399,7 +399,6 @@ def film(model, qpos, path, wrist="palm_up", every=2, size=(320, 320)):
     """Write a GIF of the configurations `qpos`, a list of (nq,), at half the control rate. The camera holds still in the
     room, so palm down hangs from above. Without a renderer (MUJOCO_GL=egl needs libegl1) one line says so, nothing fails."""
     from PIL import Image
-    path = Path(path)
     try:
         renderer = mujoco.Renderer(model, *size)
     except Exception as error:
@@ -417,10 +416,8 @@ def film(model, qpos, path, wrist="palm_up", every=2, size=(320, 320)):
         renderer.update_scene(data, camera)
         image = renderer.render()
         frames.append(Image.fromarray(image[::-1, ::-1] if wrist == "palm_down" else image).quantize(64))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    frames[0].save(temporary, "GIF", save_all=True, append_images=frames[1:], duration=1000 * every // CONTROL_HZ, loop=0)
-    temporary.replace(path)
+    with H.whole(path) as file:
+        frames[0].save(file, "GIF", save_all=True, append_images=frames[1:], duration=1000 * every // CONTROL_HZ, loop=0)
 
 
 # ------------------------------------------------------------------------------------------------------------ grasps
@@ -474,16 +471,9 @@ def grasp_cache(obj, n=500, seed=0, progress=True):
 
 # --------------------------------------------------------------------------------------------------- files, progress
 def save_npz(path, **arrays):
-    """Write arrays to `path`: to a temporary name first, then renamed, so that a file is whole or not there."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as f:
-            np.savez_compressed(f, **arrays)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Write arrays to `path`, whole or not at all. Raises `Problem` on a full disk."""
+    with H.whole(path) as file:
+        np.savez_compressed(file, **arrays)
 
 
 def load_npz(path, *names):

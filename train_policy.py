@@ -196,12 +196,9 @@ class Generalist(nn.Module):
 
 # ------------------------------------------------------------------------------------------------------------- files
 def save_checkpoint(path, kind, **content):
-    """torch.save to a temporary name, then rename. `kind`, the hand and its joints are written into every file."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    torch.save({"kind": kind, "hand": H.HAND, "joints": [j.name for j in H.JOINTS], **content}, temporary)
-    temporary.replace(path)
+    """torch.save, whole or not at all. `kind`, the hand and its joints are written into every file."""
+    with H.whole(path) as file:
+        torch.save({"kind": kind, "hand": H.HAND, "joints": [j.name for j in H.JOINTS], **content}, file)
 
 
 def load_checkpoint(path, kind):
@@ -483,7 +480,8 @@ def draw_curve(path, curve, args):
                 axis.set_xlabel("million control steps")
                 axis.set_title(label, fontsize=10)
     axes[0].legend(fontsize=8)
-    figure.savefig(path, dpi=90)
+    with H.whole(path) as file:
+        figure.savefig(file, dpi=90)
     plt.close(figure)
 
 
@@ -500,7 +498,8 @@ def evaluate(policy, args, episodes=256):
               f"{100 * (r['TTF'] >= 20).mean():.0f} % last 20 s, RotP {r['RotP'].mean():.2f} rad/s, {episodes} episodes, {env.blowups} lost to NaN")
         best = int(np.argmax(np.where(r["TTF"] >= 20, r["RotR"], -np.inf)))
         sim.film(env.models[best], [f[best, :env.models[best].nq] for f in frames], args.out / f"policy-{wrist}.gif", wrist)
-    (args.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    with H.whole(args.out / "results.json", "w") as file:
+        file.write(json.dumps(results, indent=1) + "\n")
     return results
 
 

@@ -2,6 +2,7 @@
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import time
@@ -252,6 +253,16 @@ def test_bad_input_is_one_clear_line_and_exit_2(tmp_path, toy_policy, monkeypatc
         except (Exception, pytest.fail.Exception) as error:              # all of them in one report
             wrong.append(f"{name}: {type(error).__name__} {error}"[:300])
     assert not wrong, "\n".join(wrong)
+
+
+def test_a_full_disk_is_one_clear_line_and_leaves_whole_files(toy_policy, tmp_path):
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))      # bytes a file may have: log and picture, but no trajectory
+    command = ("collect.py", "--hours", 2 / 180, "--port", PORT, "--source", "waves", "--load", "none", "--policy", toy_policy, "--out", tmp_path)
+    run(*command)
+    whole = {path.name: path.read_bytes() for path in tmp_path.glob("*.npz")}
+    status, out, err = finish(start(*command[:2], 4 / 180, *command[3:], preexec_fn=limit))
+    assert status == 2 and err.splitlines()[-1].startswith("error: cannot write") and "File too large" in err and "Traceback" not in err, err
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("*.npz")} == whole and not list(tmp_path.glob(".*"))
 
 
 @pytest.mark.parametrize("command", [("train_policy.py", "--axis", "up"), ("collect.py", "--wrist", "sideways"), ("fit_ndm.py", "--models", "toe"), ("deploy.py", "--speed", "9")])
