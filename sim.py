@@ -36,6 +36,7 @@ NEAR, FAR = np.maximum(H.LOW, H.GRASP - REACH), np.minimum(H.HIGH, H.GRASP + REA
 W = 10                             # history length of the deployable observation and of the dynamics model
 MOTOR_FRICTION, MOTOR_GAIN = (0.5, 2.5), (0.85, 1.05)      # of each joint over its nominal one, for training: no two motors are alike
 FALL = 0.06                        # m: an object further than this from where the grasp held it has fallen
+IMPOSSIBLE = 200                    # rad/s or m/s: faster than this is not physics but a blow-up
 CACHE = Path(os.environ.get("DEXNDM_CACHE", Path.home() / ".cache" / "dexndm"))
 
 # Wrist orientations as the rotation (quaternion w x y z) that takes the palm-up hand to this wrist.
@@ -340,7 +341,8 @@ class Rotation:
                           state=self._states, sensordata=self._sensors)
         expected = self.state[:, 0] + 1 / CONTROL_HZ
         self.state[:] = self._states[:, -1]
-        blown = ~(np.isfinite(self.state).all(1) & (np.abs(self.state[:, 0] - expected) < 1e-6))
+        fastest = np.abs(self.state[:, self._v]).max(1)
+        blown = ~(np.isfinite(self.state).all(1) & (np.abs(self.state[:, 0] - expected) < 1e-6) & (fastest < IMPOSSIBLE))
         if blown.any():
             self.blowups += int(blown.sum())
             self.state[blown] = 0
