@@ -205,6 +205,12 @@ def test_reward_terms_by_hand():
     assert turning.reward()[0] - still.reward()[0] == pytest.approx(0.5 * T.A_ROT * 0.3)
 
 
+def test_a_glitch_costs_no_more_than_a_fall():
+    wild = stage(vel=np.full(6, 1e5), omega=np.full(3, 1e5), dq=np.full(16, 1e5))
+    assert wild.reward()[0] == -T.FALL_PENALTY
+    assert stage(vel=np.full(6, 1e5), fallen=True).reward()[0] == -2 * T.FALL_PENALTY
+
+
 def test_wobble_costs_nothing_at_first():
     costs = []
     for episodes in (10, 55, 100, 1000):
@@ -282,9 +288,10 @@ def test_a_grasp_is_the_same_at_a_smaller_time_step_and_with_another_integrator(
         assert measure(q) < 0.002 and measure(pos) < 0.0003
 
 
-def test_a_blow_up_is_counted_and_ends_the_episode():
+@pytest.mark.parametrize("speed", [1e12, 1000])                           # MuJoCo resets the first state, and goes on with the second
+def test_a_blow_up_is_counted_and_ends_the_episode(speed):
     env = still(3)
-    env.state[1, env._v] = 1e12                                         # MuJoCo resets such a state
+    env.state[1, env._v] = speed
     env.step(env.target)
     assert env.blowups == 1 and env.fallen.tolist() == [False, True, False] and np.isfinite(env.observe()).all()
     env.reset([1])
