@@ -8,7 +8,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-signal.signal(signal.SIGHUP, signal.SIG_DFL)             # under nohup it is ignored, and the processes that tests start inherit that
+# in the background or under nohup these are ignored, and the processes that tests start inherit that
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 # never the user's own cache: the grasps put there below are too few to train with
