@@ -443,9 +443,9 @@ def main():
     table = table_of(models, sets)
     text = format_table(table)
     print(text)
-    for name, content in (("table.txt", text), ("table.json", json.dumps(table, indent=1))):
+    for name, lines in (("table.txt", text), ("table.json", json.dumps(table, indent=1))):
         with H.whole(args.out / name, "w") as file:
-            file.write(content + "\n")
+            file.write(lines + "\n")
 
     residual = None
     if not args.no_residual:
