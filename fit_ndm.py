@@ -418,12 +418,15 @@ def main():
     began = time.monotonic()
 
     q, a, port = load_shards(args.data)
-    held = torch.arange(len(q)) % 10 == 9                          # every tenth trajectory is never trained on
     if len(q) < 10:
         raise H.Problem(f"{len(q)} trajectories are too few; collect at least 10")
+    held = torch.arange(len(q)) % 10 == 9                          # every tenth trajectory is never trained on
     sets = {"in distribution: held-out trajectories": (q[held], a[held])}
     if args.test:
-        sets["off distribution: the task, with an object"] = load_shards(args.test)[:2]
+        *task, tested = load_shards(args.test)
+        if tested != port:
+            raise H.Problem(f"--test is of the hand {tested}, --data of {port}: they must be of one hand")
+        sets["off distribution: the task, with an object"] = task
     policy, content = load_policy(args.policy)
     data = simulate(policy, content, content["wrists"], args.episodes, args.seed)
     simulated = simulate_box(data, args.seed)

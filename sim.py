@@ -34,7 +34,6 @@ REACH = 0.45                       # rad: a policy's targets stay this near the 
 #                                    the object half a turn in one stroke and to drop it, with this it has to take a new hold
 NEAR, FAR = np.maximum(H.LOW, H.GRASP - REACH), np.minimum(H.HIGH, H.GRASP + REACH)
 W = 10                             # history length of the deployable observation and of the dynamics model
-MOTOR_FRICTION, MOTOR_GAIN = (0.5, 2.5), (0.85, 1.05)      # of each joint over its nominal one, for training: no two motors are alike
 FALL = 0.06                        # m: an object further than this from where the grasp held it has fallen
 IMPOSSIBLE = 200                    # rad/s or m/s: faster than this is not physics but a blow-up
 CACHE = Path(os.environ.get("DEXNDM_CACHE", Path.home() / ".cache" / "dexndm"))
@@ -256,17 +255,16 @@ class Rotation:
 
     objects: list of `Object`, dealt out in turn; wrists, axes: names or (4,) / (3,) arrays, drawn anew at every reset.
     `gravity_scale` (dict by wrist name or a float) is what a curriculum turns. With `randomize` the object's mass (10-50 g), friction
-    (0.5-2.0) and pushes are drawn as in training, with `motors` the friction and gain of every joint too; the same seed gives the
-    same numbers on a CPU.
+    (0.5-2.0) and pushes are drawn as in training; the same seed gives the same numbers on a CPU.
     After `step` these describe the control step just made (float64 arrays over environments):
         q, dq (n, 16)   target (n, 16)   pos (n, 3)   quat (n, 4)   vel (n, 6: linear, angular)   omega (n, 3) rad/s
         tips (n, 4, 3)  tip_vel (n, 4, 3)   contact (n, 4, 4: found, force xyz N)   fallen (n,) bool   steps (n,)
     """
 
-    def __init__(self, n, objects, wrists=("palm_up",), axes=("+z",), seed=0, randomize=True, motors=False, noise=0.005,
+    def __init__(self, n, objects, wrists=("palm_up",), axes=("+z",), seed=0, randomize=True, noise=0.005,
                  gravity_scale=1.0, threads=None, progress=True, **physics):
         self.n, self.rng = n, np.random.default_rng(seed)
-        self.randomize, self.motors, self.noise, self.gravity_scale = randomize, motors, noise, gravity_scale
+        self.randomize, self.noise, self.gravity_scale = randomize, noise, gravity_scale
         self.objects = list(objects)
         self.which = np.arange(n) % len(self.objects)
         self.wrists = [np.asarray(WRISTS.get(w, w) if isinstance(w, str) else w, float) for w in wrists]
@@ -275,7 +273,6 @@ class Rotation:
         compiled = [build(o, **physics).compile() for o in self.objects]
         self.models = [copy.copy(compiled[i]) for i in self.which]
         m = compiled[0]
-        self._loss, self._gain = m.dof_frictionloss[:H.N].copy(), m.actuator_gainprm[:, 0].copy()
         self.substeps = round(1 / (CONTROL_HZ * m.opt.timestep))
         self.threads = threads or os.cpu_count()
         self.datas = [mujoco.MjData(m) for _ in range(self.threads)]
@@ -313,11 +310,6 @@ class Rotation:
             model.opt.gravity = 9.81 * scale * gravity(self.wrist[i])[0]
             self.which_wrist[i] = w
             set_object(model, mass, friction)
-            if self.motors:
-                draw = lambda low, high: 1 + scale * (rng.uniform(low, high, H.N) - 1)       # grows with gravity in a curriculum
-                model.dof_frictionloss[:H.N] = self._loss * draw(*MOTOR_FRICTION)
-                model.actuator_gainprm[:, 0] = self._gain * draw(*MOTOR_GAIN)
-                model.actuator_biasprm[:, 1] = -model.actuator_gainprm[:, 0]
             grasps = self.grasps[kind]
             g = grasps[rng.integers(len(grasps))]
             self.state[i] = 0

@@ -258,7 +258,7 @@ def train_oracle(family, args, minutes, path, curve):
     n, horizon, epochs, batches = args.envs, 16, 3, 4
     gamma, lam, clip, kl_target = 0.99, 0.95, 0.2, 0.012
     torch.manual_seed(args.seed)
-    env = sim.Rotation(n, objects_of(family), args.wrist, args.axis, seed=args.seed, motors=args.motors)
+    env = sim.Rotation(n, objects_of(family), args.wrist, args.axis, seed=args.seed)
     task = Task(env)
     obs = torch.from_numpy(task.observe())
     oracle = Oracle(obs.shape[1])
@@ -417,7 +417,8 @@ def distil(oracles, args, minutes, path):
         rounds, seconds = saved["rounds"], saved["seconds"]
     start = time.monotonic() - seconds
     bar = sim.Progress("generalist", minutes * 60, " s")
-    teams = [(oracle, sim.Rotation(n, objects_of(family), args.wrist, args.axis, seed=args.seed + 1000, motors=args.motors)) for family, oracle in oracles]
+    teams = [(oracle, sim.Rotation(n, objects_of(family), args.wrist, args.axis, seed=args.seed + 1000))
+             for family, oracle in oracles if seconds < minutes * 60]
     while seconds < minutes * 60:
         oracle, env = teams[rounds % len(teams)]
         task = Task(env)
@@ -521,8 +522,6 @@ def main():
                         help="an oracle for each of these; 'cuboid+cylinder' is one oracle for both")
     parser.add_argument("--wrist", nargs="+", default=["palm_up", "palm_down"], choices=sim.WRISTS)
     parser.add_argument("--axis", nargs="+", default=["+z", "-z"], choices=sim.AXES, type=str.strip)
-    parser.add_argument("--motors", action="store_true", help="draw friction and gain of every joint anew for each episode; the default "
-                        "is the paper's: textbook motors, and the residual to close the gap")
     parser.add_argument("--minutes", type=float, default=40, help="training time in all (default 40)")
     parser.add_argument("--envs", type=int, default=512)
     parser.add_argument("--entropy", type=float, default=0.0)

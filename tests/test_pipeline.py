@@ -206,6 +206,8 @@ def bad_inputs(tmp, policy):
     torn.write_bytes(torn.read_bytes()[:200])
     nan = np.zeros((400, 16))
     nan[3, 4] = np.nan
+    for i in range(10):
+        many = shard(tmp / "many", f"{i:05d}.npz")
     here, missing = ("--policy", policy), ("--policy", tmp / "missing.pt")
     into = ("--out", tmp / "out")
     fit = lambda folder: ("--data", folder, *here, *into)
@@ -230,6 +232,7 @@ def bad_inputs(tmp, policy):
         "fit: other length": (fit_ndm, fit(shard(tmp / "short", q=np.zeros((10, 16)))), "(10, 16)"),
         "fit: no data": (fit_ndm, here, "run collect.py first"),
         "fit: two hands": (fit_ndm, ("--data", shard(tmp / "one"), shard(tmp / "two", port="sim:9"), *here, *into), "several hands"),
+        "fit: tested on another hand": (fit_ndm, (*fit(many), "--test", shard(tmp / "task", port="sim:9")), "sim:9"),
         "fit: not a table": (fit_ndm, ("--table", tmp / "broken.pt"), "table.json"),
         "fit: too few": (fit_ndm, fit(shard(tmp / "few")), "too few"),
         "deploy: no policy": (deploy, ("--port", "sim", *missing), "missing.pt is not there"),

@@ -260,19 +260,7 @@ def test_randomisation_stays_in_its_ranges_and_reaches_the_model():
     assert len(np.unique(env.wrist, axis=0)) == 2 and len(np.unique(env.axis, axis=0)) == 2
 
 
-def test_no_two_motors_are_alike_in_training_and_all_are_nominal_elsewhere():
-    envs = {motors: sim.Rotation(6, CUBE, gravity_scale=0.5, motors=motors, progress=False) for motors in (False, True)}
-    plain, drawn = ([np.array(x) for x in zip(*((m.dof_frictionloss[:16] / H.FRICTION, m.actuator_gainprm[:, 0] / H.STIFFNESS,
-                                                -m.actuator_biasprm[:, 1] / H.STIFFNESS) for m in env.models))] for env in envs.values())
-    assert np.allclose(plain, 1)
-    friction, gain, back = drawn
-    assert np.array_equal(gain, back)                                     # still a spring about the target
-    for x, (low, high) in ((friction, sim.MOTOR_FRICTION), (gain, sim.MOTOR_GAIN)):
-        low, high = (1 + low) / 2, (1 + high) / 2                         # at half the gravity, half the spread
-        assert (low <= x).all() and (x <= high).all() and x.std() > 0.2 * (high - low) and len(np.unique(x)) == x.size
-
-
-@pytest.mark.parametrize("physics", [{"timestep": 1 / 240}, {"timestep": 1 / 960, "integrator": "implicit"}])
+@pytest.mark.parametrize("physics", [{"timestep": 1 / 400}, {"timestep": 1 / 1000, "integrator": "implicit"}])
 def test_a_grasp_is_the_same_at_a_smaller_time_step_and_with_another_integrator(physics):
     """Held still, nothing differs by a milliradian or so; swaying, now and then one finger slips a little earlier."""
     for sway in (0, 0.01):
