@@ -190,25 +190,33 @@ def gap_table(files, picture):
     for file in files:
         try:
             reports.append(json.loads(Path(file).read_text()))
-            reports[-1]["recovered"], reports[-1]["ceiling"]["RotR"]
+            reports[-1]["wrists"], reports[-1]["recovered"], reports[-1]["ceiling"]["RotR"]
         except (OSError, ValueError, KeyError, TypeError):
             raise H.Problem(f"{file} is not a file that --compare --json wrote")
     kinds = ("ceiling", "base", "residual")
-    rows = {m: np.array([[r[kind][m] for kind in kinds] for r in reports]) for m in ("RotR", "TTF", "RotP")}
+
+    def columns(parts):
+        """Rows of (ceiling, base, residual) rad, the same in s, lost and recovered in percent, for parts of reports: (parts, 8)."""
+        turned, held = (np.array([[part[kind][m] for kind in kinds] for part in parts]) for m in ("RotR", "TTF"))
+        recovered = [np.nan if part["recovered"] is None else 100 * part["recovered"] for part in parts]
+        return np.column_stack([turned / HZ, held, 100 * (1 - turned[:, 1] / turned[:, 0]), recovered])
+
     print("hand            turned, rad                TTF, s                  lost   recovered\n"
           "          ceiling   base  residual   ceiling  base  residual")
-    lost = 1 - rows["RotR"][:, 1] / rows["RotR"][:, 0]
-    recovered = np.array([np.nan if r["recovered"] is None else r["recovered"] for r in reports])
-    line = lambda name, r, t, l, c: print(f"{name:<9} {r[0]:7.2f} {r[1]:6.2f} {r[2]:9.2f}   {t[0]:7.1f} {t[1]:5.1f} {t[2]:9.1f}   {100 * l:4.0f} %   {100 * c:5.0f} %")
-    for i, report in enumerate(reports):
-        line(report["port"], rows["RotR"][i] / HZ, rows["TTF"][i], lost[i], recovered[i])
-    for name, f in (("mean", np.nanmean), ("std", np.nanstd)):
-        line(name, f(rows["RotR"], 0) / HZ, f(rows["TTF"], 0), f(lost), f(recovered))
+    line = lambda name, c, note="": print(f"{name:<9} {c[0]:7.2f} {c[1]:6.2f} {c[2]:9.2f}   {c[3]:7.1f} {c[4]:5.1f} {c[5]:9.1f}   {c[6]:4.0f} %   {c[7]:5.0f} %{note}")
+    whole = columns(reports)
+    for report, row in zip(reports, whole):
+        line(report["port"], row)
+    line("mean", np.nanmean(whole, 0))
+    line("std", np.nanstd(whole, 0))
+    for wrist in reports[0]["wrists"]:
+        part = columns([r["wrists"][wrist] for r in reports if wrist in r["wrists"]])
+        line(wrist, np.nanmean(part, 0), f"  ({', '.join(f'{x:.0f}' for x in part[:, 7])})")
     figure, axes = plt.subplots(1, 2, figsize=(11, 3.6), layout="constrained")
     for axis, metric, scale, label in ((axes[0], "RotR", 1 / HZ, "radians turned in 20 s"), (axes[1], "TTF", 1, "time to fall, s")):
         for k, (kind, color) in enumerate(zip(kinds, ("0.7", "tab:red", "tab:green"))):
             sem = [r[kind]["spread"][metric]["sem"] * scale for r in reports]
-            axis.bar(np.arange(len(reports)) + 0.27 * (k - 1), rows[metric][:, k] * scale, 0.25, yerr=sem, color=color,
+            axis.bar(np.arange(len(reports)) + 0.27 * (k - 1), [r[kind][metric] * scale for r in reports], 0.25, yerr=sem, color=color,
                      label={"ceiling": "training simulator", "base": "hand, policy alone", "residual": "hand, policy + residual"}[kind])
         axis.set_xticks(range(len(reports)), [r["port"] for r in reports])
         axis.set_ylabel(label)

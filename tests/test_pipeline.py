@@ -118,6 +118,29 @@ def test_compare_writes_ceiling_base_and_residual(pipeline):
     assert re.search(r"ceiling .*\n.* base .*\n.* residual ", said)
 
 
+def test_several_hands_make_one_table(tmp_path):
+    row = lambda rad: {"RotR": 20 * rad, "TTF": rad, "RotP": 0.5, "spread": {m: {"sem": 0.1} for m in ("RotR", "TTF", "RotP")}}
+    part = lambda ceiling, base, residual: {"ceiling": row(ceiling), "base": row(base), "residual": row(residual),
+                                            "recovered": (residual - base) / (ceiling - base)}
+    for i, (up, down) in enumerate((((16, 8, 12), (16, 8, 16)), ((10, 5, 4), (20, 10, 15)))):      # recovered: 50 and 100, -20 and 50 %
+        whole = part(*np.mean([up, down], 0))
+        (tmp_path / f"sim{i}.json").write_text(json.dumps({"port": f"sim:{i}", **whole, "wrists": {"palm_up": part(*up), "palm_down": part(*down)}}))
+    lines = run("deploy.py", "--table", *sorted(tmp_path.glob("sim*.json"))).splitlines()
+    table = {line.split()[0]: line.split() for line in lines if line and line[0] in "smp"}
+    assert table["sim:0"][1:4] == ["16.00", "8.00", "14.00"] and table["sim:0"][-4::2] == ["50", "75"]
+    assert table["sim:1"][1:4] == ["15.00", "7.50", "9.50"] and table["sim:1"][-4::2] == ["50", "27"]
+    assert table["mean"][1:7] == ["15.50", "7.75", "11.75", "15.5", "7.8", "11.8"] and table["mean"][-2] == "51"
+    assert table["palm_up"][1:4] == ["13.00", "6.50", "8.00"] and table["palm_up"][-4:] == ["15", "%", "(50,", "-20)"]
+    assert table["palm_down"][-4:] == ["75", "%", "(100,", "50)"]
+    assert (tmp_path / "gap.png").read_bytes().startswith(b"\x89PNG")
+
+    errors = lambda one, far: {"joint": {"one": [one] * 16, "open": [far] * 16}}
+    for i, e in enumerate((errors(4, 30), errors(6, 34))):
+        (tmp_path / f"table{i}.json").write_text(json.dumps({"held out": e}))
+    said = run("fit_ndm.py", "--table", *tmp_path.glob("table*.json"))
+    assert re.search(r"2 hands.*\n  held out\n    joint +5\.00 \+- 1\.00 +32\.0 \+- 2\.0", said), said
+
+
 def test_deploy_records_what_fit_ndm_reads_and_is_the_same_again(pipeline, toy_policy, tmp_path):
     results = []
     for attempt in ("a", "b"):
