@@ -270,7 +270,7 @@ def test_position_moves_to_goal(host, bus):
     host.put(0, "position_p_gain", 800)
     host.put(0, "torque_enable", 1)
     host.put(0, "goal_position", 2600)
-    assert until(lambda: abs(host.value(0, "present_position") - 2600) < 12)
+    assert until(lambda: abs(host.value(0, "present_position") - 2600) < 12 and host.value(0, "present_velocity") == 0)     # not on its way through
     assert abs(bus.angles()[0] - 552 * math.tau / 4096) < 0.02
     assert bus.motors[1].position() == 2048 and bus.stats["max_step"][0] == 552
 
