@@ -164,7 +164,8 @@ def compare(args, pool):
     everything = {kind: {m: np.concatenate([p[kind][m] for p in parts.values()]) for m in ("RotR", "TTF", "RotP")}
                   for kind in ("ceiling", "base", "residual")}
     report = {"port": args.port, "episodes": args.episodes, "seed": args.seed, "axes": args.axis, "wrists": {}}
-    print(f"\n{args.port}, {args.episodes} episodes and wrist (ceiling {4 * args.episodes})   RotR (rad)        TTF (s)       RotP (rad/s)   recovered")
+    print(f"\n{args.port}, {args.episodes} episodes a wrist (ceiling: {len(parts[args.wrist[0]]['ceiling']['RotR'])})\n"
+          f"{'':20} {'RotR (rad)':>23} {'TTF (s)':>13} {'RotP (rad/s)':>16}   recovered")
     for name, part in [*parts.items(), ("all", everything)]:
         s = {kind: summary(results) for kind, results in part.items()}
         lost = s["ceiling"]["RotR"]["mean"] - s["base"]["RotR"]["mean"]

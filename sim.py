@@ -254,7 +254,7 @@ class Rotation:
     """n hands that each hold an object, stepped together on all cores (mujoco.rollout, one model per environment).
 
     objects: list of `Object`, dealt out in turn; wrists, axes: names or (4,) / (3,) arrays, drawn anew at every reset.
-    `gravity_scale` (dict by wrist name or a float) is what a curriculum turns. With `randomize` the object's mass (10-50 g), friction
+    `gravity_scale` (a float, or one for each of the wrists) is what a curriculum turns. With `randomize` the object's mass (10-50 g), friction
     (0.5-2.0) and pushes are drawn as in training; the same seed gives the same numbers on a CPU.
     After `step` these describe the control step just made (float64 arrays over environments):
         q, dq (n, 16)   target (n, 16)   pos (n, 3)   quat (n, 4)   vel (n, 6: linear, angular)   omega (n, 3) rad/s

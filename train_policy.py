@@ -415,10 +415,11 @@ def distil(oracles, args, minutes, path):
             raise H.Problem(f"{path} was trained for something else; choose another --out")
         student.load_state_dict(saved["weights"])
         rounds, seconds = saved["rounds"], saved["seconds"]
+    if seconds >= minutes * 60:
+        return student.eval()
     start = time.monotonic() - seconds
     bar = sim.Progress("generalist", minutes * 60, " s")
-    teams = [(oracle, sim.Rotation(n, objects_of(family), args.wrist, args.axis, seed=args.seed + 1000))
-             for family, oracle in oracles if seconds < minutes * 60]
+    teams = [(oracle, sim.Rotation(n, objects_of(family), args.wrist, args.axis, seed=args.seed + 1000)) for family, oracle in oracles]
     while seconds < minutes * 60:
         oracle, env = teams[rounds % len(teams)]
         task = Task(env)

@@ -260,7 +260,10 @@ def test_randomisation_stays_in_its_ranges_and_reaches_the_model():
     assert len(np.unique(env.wrist, axis=0)) == 2 and len(np.unique(env.axis, axis=0)) == 2
 
 
-@pytest.mark.parametrize("physics", [{"timestep": 1 / 400}, {"timestep": 1 / 1000, "integrator": "implicit"}])
+STEP = 1 / (sim.CONTROL_HZ * sim.SUBSTEPS)
+
+
+@pytest.mark.parametrize("physics", [{"timestep": STEP / 2}, {"timestep": STEP / 5, "integrator": "implicit"}])
 def test_a_grasp_is_the_same_at_a_smaller_time_step_and_with_another_integrator(physics):
     """Held still, nothing differs by a milliradian or so; swaying, now and then one finger slips a little earlier."""
     for sway in (0, 0.01):
