@@ -29,11 +29,14 @@ import numpy as np
 from dynamixel_sdk import PortHandler, Protocol2PacketHandler
 from serial.tools import list_ports
 
-# ---------------------------------------------------------------------------------------------- the table
-# Kinematics, masses and limits: LEAP Hand (right) as published with its URDF. SI units, quaternions w x y z,
-# link frames relative to the parent's. Every joint turns about -z of its link; positive closes the finger.
-# Collision shapes are our own: capsules ("capsule", from, to, radius), spheres ("sphere", centre, radius) and
-# boxes ("box", centre, half sizes). Few and round, because a contact costs more than anything else in a step.
+# ----------------------------------------------------------------------------------- the table
+# Kinematics, masses, limits and collision boxes: LEAP Hand (right) as published with its URDF and
+# its MuJoCo model. SI units, quaternions w x y z, link frames relative to the parent's. Every joint
+# turns about -z of its link; positive closes the finger.
+# `shapes` are what the training simulator collides: capsules ("capsule", from, to, radius) and boxes
+# ("box", centre, half sizes), true to the published boxes in width and reach, and few and round,
+# because a contact costs more than anything else in a step. `boxes` are the published ones, which
+# the virtual hand has. The last shape of a fingertip link is its rubber tip.
 
 
 class Joint(NamedTuple):
@@ -56,6 +59,63 @@ class Link(NamedTuple):
     inertia: tuple      # kg m^2, principal
     joint: Joint | None
     shapes: tuple
+    boxes: tuple        # centre (m), half sizes (m) and, where it is turned, quaternion
+
+
+# A knuckle is as wide as its fork, the part between knuckles as its motor.
+BASE_BOXES = (
+    ((0, 0.018, 0.0147), (0.010, 0.003, 0.017)),
+    ((-0.027, 0.042, 0.015), (0.014, 0.020, 0.010)),
+    ((-0.0262, 0.020, 0.0146), (0.017, 0.003, 0.010)),
+    ((-0.0295, 0.035, 0.029), (0.010, 0.012, 0.004)),
+    ((0, 0.005, 0.030), (0.007, 0.010, 0.002)),
+    ((0, 0.005, -0.001), (0.007, 0.010, 0.002)),
+)
+PROXIMAL_BOXES = (((0.0075, -0.0002, -0.011), (0.017, 0.013, 0.011)),)
+MEDIAL_BOXES = (
+    ((0, -0.020, 0.015), (0.008, 0.003, 0.013)),
+    ((0, -0.016, 0.015), (0.010, 0.002, 0.017)),
+    ((0, -0.0045, 0.030), (0.007, 0.010, 0.002)),
+    ((0, -0.0045, 0), (0.007, 0.010, 0.002)),
+    ((0.0075, -0.035, 0.015), (0.017, 0.011, 0.013)),
+)
+DISTAL_BOXES = (
+    ((0, -0.017, 0.015), (0.010, 0.003, 0.015)),
+    ((0, -0.006, 0.030), (0.007, 0.011, 0.002)),
+    ((0, -0.006, -0.001), (0.007, 0.011, 0.002)),
+    ((-0.00085, -0.0348, 0.01455), (0.01045, 0.0152, 0.01215)),      # the tip's extent
+)
+PALM_BOXES = (
+    ((-0.009, 0.008, -0.011), (0.011, 0.013, 0.017)),
+    ((-0.009, -0.037, -0.011), (0.011, 0.013, 0.017)),
+    ((-0.009, -0.082, -0.011), (0.011, 0.013, 0.017)),
+    ((-0.066, -0.078, -0.0115), (0.029, 0.010, 0.023), (0.989016, 0, 0, -0.147806)),
+    ((-0.030, -0.035, -0.003), (0.010, 0.060, 0.015)),
+    ((-0.032, -0.035, -0.024), (0.005, 0.060, 0.010), (0.923956, 0, 0.382499, 0)),
+    ((-0.048, -0.033, -0.0115), (0.012, 0.058, 0.023)),
+    ((-0.078, -0.053, -0.0115), (0.022, 0.026, 0.023)),
+    ((-0.098, -0.009, -0.006), (0.002, 0.018, 0.017)),
+    ((-0.078, -0.003, 0.010), (0.022, 0.028, 0.002)),
+)
+THUMB_BASE_BOXES = (((-0.0075, -0.0002, -0.011), (0.017, 0.013, 0.011)),)
+THUMB_BRACKET_BOXES = (
+    ((0, 0, -0.0015), (0.009, 0.0165, 0.002)),
+    ((0, -0.015, -0.013), (0.007, 0.002, 0.010)),
+    ((0, 0.015, -0.013), (0.007, 0.002, 0.010)),
+)
+THUMB_PROXIMAL_BOXES = (
+    ((0, 0.0105, -0.014), (0.010, 0.020, 0.012)),
+    ((0, 0.031, -0.015), (0.010, 0.002, 0.016)),
+    ((0, 0.042, 0.001), (0.007, 0.010, 0.002)),
+    ((0, 0.042, -0.029), (0.007, 0.010, 0.002)),
+    ((-0.0135, 0.0175, -0.011656), (0.005, 0.012, 0.009)),
+)
+THUMB_DISTAL_BOXES = (
+    ((0, -0.0085, -0.015), (0.010, 0.018, 0.012)),
+    ((0, -0.029, -0.014), (0.010, 0.002, 0.015)),
+    ((0.015, -0.0175, -0.0115), (0.004, 0.012, 0.009)),
+    ((-0.00085, -0.0468, -0.01445), (0.01045, 0.0153, 0.01215)),     # the tip's extent
+)
 
 
 def _finger(prefix, base, motor, grasp):
@@ -64,52 +124,78 @@ def _finger(prefix, base, motor, grasp):
     mcp, rot, pip, dip = grasp
     return (
         Link(bs, "palm", base, (0.500003, 0.5, 0.5, -0.499997),
-             0.044, (-0.022516, 0.033882, 0.016359), (0.388092, 0.677951, -0.247713, 0.573067),
-             (1.74972e-05, 1.61504e-05, 7.21342e-06), Joint(f"{prefix}_mcp", motor + 1, -0.314, 2.23, mcp, 800),
-             (("capsule", (-0.0265, 0.028, 0.015), (-0.0265, 0.05, 0.015), 0.013),)),
+             0.044, (-0.022516, 0.033882, 0.016359),
+             (0.388092, 0.677951, -0.247713, 0.573067), (1.74972e-05, 1.61504e-05, 7.21342e-06),
+             Joint(f"{prefix}_mcp", motor + 1, -0.314, 2.23, mcp, 800),
+             (("capsule", (-0.027, 0.032, 0.015), (-0.027, 0.050, 0.015), 0.013),),
+             BASE_BOXES),
         Link(px, bs, (-0.0122, 0.0381, 0.0145), (0.500003, -0.5, -0.499997, 0.5),
-             0.032, (0.0075, -0.0002, -0.011), (0, 0.707107, 0, 0.707107),
-             (4.8853e-06, 4.3733e-06, 3.0933e-06), Joint(f"{prefix}_rot", motor + 0, -1.047, 1.047, rot, 600),
-             (("capsule", (-0.002, 0, -0.0115), (0.014, 0, -0.0115), 0.012),)),
+             0.032, (0.0075, -0.0002, -0.011),
+             (0, 0.707107, 0, 0.707107), (4.8853e-06, 4.3733e-06, 3.0933e-06),
+             Joint(f"{prefix}_rot", motor + 0, -1.047, 1.047, rot, 600),
+             (("capsule", (0.002, 0, -0.011), (0.013, 0, -0.011), 0.012),),
+             PROXIMAL_BOXES),
         Link(md, px, (0.015, 0.0143, -0.013), (0.500003, 0.5, -0.5, 0.499997),
-             0.037, (0.005422, -0.029148, 0.015), (0.687228, 0.687228, 0.166487, 0.166487),
-             (8.28004e-06, 8.1598e-06, 5.39516e-06), Joint(f"{prefix}_pip", motor + 2, -0.506, 1.885, pip, 800),
-             (("capsule", (0.003, -0.012, 0.015), (0.004, -0.036, 0.015), 0.0115),)),
+             0.037, (0.005422, -0.029148, 0.015),
+             (0.687228, 0.687228, 0.166487, 0.166487), (8.28004e-06, 8.1598e-06, 5.39516e-06),
+             Joint(f"{prefix}_pip", motor + 2, -0.506, 1.885, pip, 800),
+             (("capsule", (0, -0.008, 0.006), (0, -0.008, 0.024), 0.008),
+              ("capsule", (0.0025, -0.035, 0.015), (0.0125, -0.035, 0.015), 0.012)),
+             MEDIAL_BOXES),
         Link(ds, md, (0, -0.0361, 0.0002), (1, 0, 0, 0),
-             0.016, (-0.000879, -0.027019, 0.014594), (0.702905, 0.710643, -0.021294, -0.02142),
-             (3.71863e-06, 3.02396e-06, 1.6518e-06), Joint(f"{prefix}_dip", motor + 3, -0.366, 2.042, dip, 800),
-             (("capsule", (0, -0.008, 0.0145), (-0.001, -0.024, 0.0145), 0.0095),
-              ("sphere", (-0.0013, -0.0336, 0.0145), 0.0125))),
+             0.016, (-0.000879, -0.027019, 0.014594),
+             (0.702905, 0.710643, -0.021294, -0.02142), (3.71863e-06, 3.02396e-06, 1.6518e-06),
+             Joint(f"{prefix}_dip", motor + 3, -0.366, 2.042, dip, 800),
+             (("capsule", (0, -0.008, 0.0065), (0, -0.008, 0.0225), 0.008),
+              ("capsule", (-0.0008, -0.020, 0.0146), (-0.0008, -0.0385, 0.0146), 0.0115)),
+             DISTAL_BOXES),
     )
 
 
-HAND = "leap-right"                              # written into every file; a file of another hand is refused
+HAND = "leap-right"              # written into every file; a file of another hand is refused
 LINKS = (
-    Link("palm", None, (0, 0, 0), (0, 1, 0, 0),  # turned so that z of the world points out of the palm, x along the fingers
-         0.237, (-0.049542, -0.042914, -0.010227), (0.565586, 0.427629, -0.574956, 0.408254),
-         (0.000407345, 0.000304759, 0.000180736), None,
-         (("box", (-0.040, -0.035, -0.0095), (0.020, 0.060, 0.024)),
-          ("box", (-0.078, -0.040, -0.0115), (0.022, 0.040, 0.022)))),
+    # turned so that z of the world points out of the palm, x along the fingers
+    Link("palm", None, (0, 0, 0), (0, 1, 0, 0),
+         0.237, (-0.049542, -0.042914, -0.010227),
+         (0.565586, 0.427629, -0.574956, 0.408254), (0.000407345, 0.000304759, 0.000180736),
+         None,
+         (("box", (-0.029, -0.037, -0.011), (0.031, 0.058, 0.023)),
+          ("box", (-0.078, -0.040, -0.0115), (0.022, 0.040, 0.023))),
+         PALM_BOXES),
     *_finger("if", (-0.007, 0.023, -0.0187), 0, (1.244, 0.082, 0.265, 0.298)),
     *_finger("mf", (-0.0071, -0.0224, -0.0187), 4, (1.096, 0.005, 0.080, 0.150)),
     *_finger("rf", (-0.00709, -0.0678, -0.0187), 8, (1.337, 0.029, 0.285, 0.317)),
     Link("th_mp", "palm", (-0.0693, -0.0012, -0.0216), (0.707109, 0, 0.707105, 0),
-         0.032, (0.0075, -0.0002, -0.011), (0, 0.707107, 0, 0.707107),
-         (4.8853e-06, 4.3733e-06, 3.0933e-06), Joint("th_cmc", 12, -0.349, 2.094, 1.163, 800), ()),
+         0.032, (0.0075, -0.0002, -0.011),
+         (0, 0.707107, 0, 0.707107), (4.8853e-06, 4.3733e-06, 3.0933e-06),
+         Joint("th_cmc", 12, -0.349, 2.094, 1.163, 800),
+         (), THUMB_BASE_BOXES),
     Link("th_bs", "th_mp", (0, 0.0143, -0.013), (0.500003, 0.5, -0.5, 0.499997),
-         0.003, (0, 0, -0.007081), (0.707107, 0.707107, 0, 0),
-         (6.1932e-07, 5.351e-07, 2.1516e-07), Joint("th_axl", 13, -0.349, 2.094, 1.104, 800), ()),
+         0.003, (0, 0, -0.007081),
+         (0.707107, 0.707107, 0, 0), (6.1932e-07, 5.351e-07, 2.1516e-07),
+         Joint("th_axl", 13, -0.349, 2.094, 1.104, 800),
+         (), THUMB_BRACKET_BOXES),
     Link("th_px", "th_bs", (0, 0.0145, -0.017), (0.707109, -0.707105, 0, 0),
-         0.038, (-0.002059, 0.015912, -0.013733), (0.698518, 0.697382, -0.104933, 0.121324),
-         (9.87104e-06, 9.32653e-06, 4.36203e-06), Joint("th_mcp", 14, -0.47, 2.443, 0.953, 800),
-         (("capsule", (0, 0.012, -0.0145), (0, 0.040, -0.0145), 0.0125),)),
+         0.038, (-0.002059, 0.015912, -0.013733),
+         (0.698518, 0.697382, -0.104933, 0.121324), (9.87104e-06, 9.32653e-06, 4.36203e-06),
+         Joint("th_mcp", 14, -0.47, 2.443, 0.953, 800),
+         (("capsule", (0, 0.008, -0.0145), (0, 0.024, -0.0145), 0.012),
+          ("capsule", (0, 0.038, -0.006), (0, 0.038, -0.022), 0.008)),
+         THUMB_PROXIMAL_BOXES),
     Link("th_ds", "th_px", (0, 0.0466, 0.0002), (1e-06, 0, 0, 1),
-         0.049, (0.000962, -0.024203, -0.014419), (0.35287, 0.311272, -0.632839, 0.614904),
-         (2.08591e-05, 2.0402e-05, 4.71335e-06), Joint("th_ipl", 15, -1.34, 1.88, -0.138, 800),
-         (("capsule", (0, -0.008, -0.0145), (-0.001, -0.036, -0.0145), 0.0105),
-          ("sphere", (-0.0013, -0.0456, -0.0145), 0.0125))),
+         0.049, (0.000962, -0.024203, -0.014419),
+         (0.35287, 0.311272, -0.632839, 0.614904), (2.08591e-05, 2.0402e-05, 4.71335e-06),
+         Joint("th_ipl", 15, -1.34, 1.88, -0.138, 800),
+         (("capsule", (0, 0, -0.0145), (0, -0.028, -0.0145), 0.0115),
+          ("capsule", (-0.0008, -0.030, -0.0144), (-0.0008, -0.0506, -0.0144), 0.0115)),
+         THUMB_DISTAL_BOXES),
 )
-TIPS = ("if_ds", "mf_ds", "rf_ds", "th_ds")      # the sphere of each of these is a fingertip
+TIPS = {                         # fingertip link: centre of the tip (m) in its frame
+    "if_ds": (-0.0013, -0.0336, 0.0145),
+    "mf_ds": (-0.0013, -0.0336, 0.0145),
+    "rf_ds": (-0.0013, -0.0336, 0.0145),
+    "th_ds": (-0.0013, -0.0456, -0.0145),
+}
 
 JOINTS = tuple(link.joint for link in LINKS if link.joint)        # order of every (16,) array: mcp rot pip dip per finger, thumb
 N = len(JOINTS)
@@ -165,7 +251,7 @@ def run(main):
 
 
 @contextlib.contextmanager
-def whole(path, mode="wb"):
+def atomic_file(path, mode="wb"):
     """A file to write to, under a temporary name and renamed at the end: `path` is whole or what it was before. `Problem` when it cannot be written,
     as on a full disk."""
     path = Path(path)
@@ -1061,13 +1147,13 @@ def check_picture(trace, segments, path):
     axes[0, 0].legend(fontsize=8)
     fig.supxlabel("s")
     fig.supylabel("degrees")
-    with whole(path) as file:
+    with atomic_file(path) as file:
         fig.savefig(file, dpi=110)
     plt.close(fig)
 
 
 def save_calibration(path, offset):
-    with whole(path, "w") as file:
+    with atomic_file(path, "w") as file:
         file.write(json.dumps({"hand": HAND, "offset": {j.name: round(float(o), 5) for j, o in zip(JOINTS, offset)}}, indent=1) + "\n")
 
 

@@ -1,10 +1,17 @@
-"""The world: the hand in MuJoCo, the objects it turns, the box of balls it learns in, stepped in batches.
+"""The world: the hand in MuJoCo, the objects it turns, the box of balls it learns in, and the
+virtual hand, which differs from the simulator that trains where a real hand would.
+
+    env = Rotation(512, objects_of("cuboid+cylinder"), ["palm_up", "palm_down"], ["+z", "-z"])
+    env.step(next_target(env.target, delta))           # 512 hands, one control step of 50 ms
+
+    with open_hand("sim:7", wrist="palm_down") as hand:            # or "auto", "/dev/ttyUSB0"
+        reading = hand.read()
 
 Everything about the hand comes from the table in hand.py; everything about the world is here.
 
-The frame of the world is the frame of the hand: z points out of the palm, x along the fingers, and the thumb of
-the right hand is at -y. The wrist does not turn the hand, it turns gravity; so a policy, an axis and an observation mean the same
-for every wrist.
+The frame of the world is the frame of the hand: z points out of the palm, x along the fingers, and
+the thumb of the right hand is at -y. The wrist does not turn the hand, it turns gravity; so a
+policy, an axis and an observation mean the same for every wrist.
 """
 import copy
 import ctypes.util
@@ -16,50 +23,71 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-if ctypes.util.find_library("EGL"):                  # films are rendered without a screen; mujoco reads this at import, and
-    os.environ.setdefault("MUJOCO_GL", "egl")        # cannot be imported at all if it says egl and there is none
+# Films are rendered without a screen. MuJoCo reads this variable when it is imported, and cannot be
+# imported at all if it says egl and there is none.
+if sys.platform == "linux" and ctypes.util.find_library("EGL"):
+    os.environ.setdefault("MUJOCO_GL", "egl")
+# Threads that spin while they wait take the cores from a second script: 8 times slower, both of
+# them. OpenMP reads this when torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import mujoco
 import numpy as np
+import torch
 from mujoco import rollout
 
 import hand as H
 
-mujoco.set_mju_user_warning(lambda text: None)       # a blow-up is counted by `Rotation`, not logged to a file in the cwd
+# a blow-up is counted by `Rotation`, not logged to a file in the working directory
+mujoco.set_mju_user_warning(lambda text: None)
+
 CONTROL_HZ = H.CONTROL_HZ
-SUBSTEPS = 10                      # 200 Hz. At the paper's 120 Hz fingers that chatter rub less: a policy trained there turned 12 % less
-#                                    at half the time step (16.7 rad -> 14.7; without joint friction 18.8 -> 18.3)
-EPISODE = 400                      # control steps, 20 s
-ALPHA = 1 / 24                     # rad: a_t = a_{t-1} + ALPHA * delta_t, |delta_t| <= 1
-REACH = 0.45                       # rad: a policy's targets stay this near the canonical grasp; with the whole range it learns to twist
-#                                    the object half a turn in one stroke and to drop it, with this it has to take a new hold
-NEAR, FAR = np.maximum(H.LOW, H.GRASP - REACH), np.minimum(H.HIGH, H.GRASP + REACH)
-W = 10                             # history length of the deployable observation and of the dynamics model
-FALL = 0.06                        # m: an object further than this from where the grasp held it has fallen
-IMPOSSIBLE = 200                    # rad/s or m/s: faster than this is not physics but a blow-up
+SUBSTEPS = 10                    # 200 Hz: at the paper's 120 Hz fingers that chatter rub less
+EPISODE = 400                    # control steps, 20 s
+ALPHA = 1 / 24                   # rad, the largest move of a target in one control step
+# A policy's targets stay this near the canonical grasp (rad): with the whole range it learns to
+# twist the object half a turn in one stroke and to drop it; so it has to take a new hold.
+REACH = 0.45
+NEAR = np.maximum(H.LOW, H.GRASP - REACH)
+FAR = np.minimum(H.HIGH, H.GRASP + REACH)
+W = 10                           # control steps in a history
+FALL = 0.06                      # m from where the grasp held it: further, an object has fallen
+IMPOSSIBLE = 200                 # rad/s or m/s: faster than this is not physics but a blow-up
+TIP_NAMES = tuple(H.TIPS)
 CACHE = Path(os.environ.get("DEXNDM_CACHE", Path.home() / ".cache" / "dexndm"))
 
-# Wrist orientations as the rotation (quaternion w x y z) that takes the palm-up hand to this wrist.
+# Wrist orientations: the rotation (quaternion w x y z) that takes the palm-up hand to this wrist.
 _S = 0.5 ** 0.5
 WRISTS = {
-    "palm_up": (1, 0, 0, 0), "palm_down": (0, 1, 0, 0),
-    "thumb_up": (_S, -_S, 0, 0), "thumb_down": (_S, _S, 0, 0),
-    "base_up": (_S, 0, _S, 0), "base_down": (_S, 0, -_S, 0),
+    "palm_up": (1, 0, 0, 0),
+    "palm_down": (0, 1, 0, 0),
+    "thumb_up": (_S, -_S, 0, 0),
+    "thumb_down": (_S, _S, 0, 0),
+    "base_up": (_S, 0, _S, 0),
+    "base_down": (_S, 0, -_S, 0),
 }
-AXES = {"+x": (1, 0, 0), "-x": (-1, 0, 0), "+y": (0, 1, 0), "-y": (0, -1, 0), "+z": (0, 0, 1), "-z": (0, 0, -1)}
+AXES = {
+    "+x": (1, 0, 0), "-x": (-1, 0, 0),
+    "+y": (0, 1, 0), "-y": (0, -1, 0),
+    "+z": (0, 0, 1), "-z": (0, 0, -1),
+}
 
 
-def arguments():
-    """The command line for argparse, which would take the axis -z for an option; with a blank before it, it does not."""
-    return [f" {a}" if a in AXES else a for a in sys.argv[1:]]
+def axis_name(text):
+    """An axis on the command line: +z, -z, or z+, z- (argparse takes a word that begins with a
+    minus for an option). Raises ValueError, which argparse turns into one line."""
+    name = text if text in AXES else text[::-1]
+    if name not in AXES:
+        raise ValueError(f"no axis {text}")
+    return name
 
 
 def gravity(wrist):
-    """Direction of gravity in the frame of the hand, unit vectors (n, 3), for wrist quaternions (n, 4)."""
-    w = np.atleast_2d(np.asarray(wrist, float))
-    return rotate(conjugate(w), np.broadcast_to([0.0, 0.0, -1.0], (len(w), 3)))
+    """Direction of gravity in the frame of the hand, unit vectors (n, 3), for wrists (n, 4)."""
+    wrist = np.atleast_2d(np.asarray(wrist, float))
+    return rotate(conjugate(wrist), np.broadcast_to([0.0, 0.0, -1.0], (len(wrist), 3)))
 
 
-# ------------------------------------------------------------------------------------- quaternions, batched (n, 4)
+# ---------------------------------------------------------------- quaternions, batched (n, 4)
 def conjugate(a):
     return a * np.array([1.0, -1.0, -1.0, -1.0])
 
@@ -67,12 +95,16 @@ def conjugate(a):
 def multiply(a, b):
     w, x, y, z = np.moveaxis(a, -1, 0)
     W_, X, Y, Z = np.moveaxis(b, -1, 0)
-    return np.stack([w * W_ - x * X - y * Y - z * Z, w * X + x * W_ + y * Z - z * Y,
-                     w * Y - x * Z + y * W_ + z * X, w * Z + x * Y - y * X + z * W_], -1)
+    return np.stack([
+        w * W_ - x * X - y * Y - z * Z,
+        w * X + x * W_ + y * Z - z * Y,
+        w * Y - x * Z + y * W_ + z * X,
+        w * Z + x * Y - y * X + z * W_,
+    ], -1)
 
 
 def rotate(a, v):
-    """Rotate vectors v (n, 3) by quaternions a (n, 4): v + 2 u x (u x v + w v), u the vector part of a."""
+    """Rotate vectors v (n, 3) by quaternions a (n, 4): v + 2 u x (u x v + w v), u = vector part."""
     u = a[..., 1:]
     return v + 2 * np.cross(u, np.cross(u, v) + a[..., :1] * v)
 
@@ -90,20 +122,29 @@ def from_axis_angle(axis, angle):
     return np.concatenate([np.cos(angle / 2), np.sin(angle / 2) * axis], -1)
 
 
-# ------------------------------------------------------------------------------------------------------- objects
+def angular_velocity(before, after):
+    """Mean angular velocity (n, 3) rad/s that takes orientation `before` to `after` (n, 4) in one
+    control step."""
+    return rotation_vector(multiply(after, conjugate(before))) * CONTROL_HZ
+
+
+# ---------------------------------------------------------------------------------- objects
 class Object(NamedTuple):
-    """A rigid body of primitives: parts = ((type, size, pos, quat), ...), sizes as MuJoCo takes them (half, m)."""
+    """A rigid body of primitives: parts = ((type, size, pos, quat), ...), sizes as MuJoCo takes
+    them (half, m)."""
     name: str
     parts: tuple
 
 
 def _object(name, kind, size):
-    return Object(name, ((kind, tuple(round(float(s), 5) for s in size), (0, 0, 0), (1, 0, 0, 0)),))
+    size = tuple(round(float(s), 5) for s in size)
+    return Object(name, ((kind, size, (0, 0, 0), (1, 0, 0, 0)),))
 
 
 def box(x, y, z):
     """A cuboid with full edge lengths x, y, z in m; z stands along the palm normal."""
-    return _object(f"box {100 * x:.2g}x{100 * y:.2g}x{100 * z:.2g} cm", "box", (x / 2, y / 2, z / 2))
+    name = f"box {100 * x:.2g}x{100 * y:.2g}x{100 * z:.2g} cm"
+    return _object(name, "box", (x / 2, y / 2, z / 2))
 
 
 def cylinder(d, h):
@@ -111,297 +152,981 @@ def cylinder(d, h):
     return _object(f"cylinder {100 * d:.2g}x{100 * h:.2g} cm", "cylinder", (d / 2, h / 2))
 
 
-def capsule(d, h):
-    return _object(f"capsule {100 * d:.2g}x{100 * h:.2g} cm", "capsule", (d / 2, (h - d) / 2))
+def scaled(obj, factor):
+    """The same object, `factor` times as large."""
+    parts = [(kind, tuple(factor * s for s in size), tuple(factor * p for p in pos), quat)
+             for kind, size, pos, quat in obj.parts]
+    return Object(obj.name, tuple(parts))
 
 
-def duck(s):
-    """A composed shape about s m long: a body, a head and a beak."""
-    one = (1, 0, 0, 0)
-    return Object(f"duck {100 * s:.2g} cm", (
-        ("ellipsoid", (0.5 * s, 0.36 * s, 0.32 * s), (0, 0, 0), one),
-        ("sphere", (0.24 * s,), (0.24 * s, 0, 0.40 * s), one),
-        ("capsule", (0.07 * s, 0.07 * s), (0.47 * s, 0, 0.37 * s), (_S, 0, _S, 0))))
+# Aspect ratios as in the paper: normal cylinders 1.6-2.4 (height over radius), normal cuboids
+# 1.25-1.5 (longest over shortest edge), and the cube that everyone asks about.
+FAMILIES = {
+    "cube": [box(s, s, s) for s in (0.0525, 0.055, 0.0575)],
+    "cuboid": [
+        *(box(s, s, s * ratio) for s in (0.0525, 0.0575) for ratio in (1.0, 1.25)),
+        box(0.055, 0.055 / 1.25, 0.055),
+        box(0.05, 0.05, 0.075),
+    ],
+    "cylinder": [cylinder(d, d / 2 * ratio) for d in (0.0525, 0.055, 0.0575)
+                 for ratio in (1.6, 2.0, 2.4)],
+}
 
 
-def set_object(model, mass, friction):
-    """Give the object of a compiled model a mass (kg) and a sliding friction; torsional friction is that of a soft contact
-    patch of 5 mm."""
-    body = model.body("object").id
-    model.body_inertia[body] *= mass / model.body_mass[body]
-    model.body_mass[body] = mass
-    model.geom_friction[model.geom_bodyid == body, :2] = friction, 0.005 * friction
+def objects_of(families):
+    """The objects of a family, or of several joined by "+". Raises `Problem` on unknown ones."""
+    names = families.split("+")
+    strange = [name for name in names if name not in FAMILIES]
+    if strange:
+        raise H.Problem(f"no family is called {', '.join(strange)}; "
+                        f"there are {', '.join(FAMILIES)}")
+    return [obj for name in names for obj in FAMILIES[name]]
 
 
-def _centre():
-    """Where the object sits: the middle of the fingertips in the canonical grasp (m)."""
-    model = build().compile()
-    data = mujoco.MjData(model)
-    data.qpos[:] = H.GRASP
-    mujoco.mj_kinematics(model, data)
-    return data.site_xpos.mean(0)
+# ------------------------------------------------------------------------------ the Chaos Box
+class Balls(NamedTuple):
+    """The Chaos Box: a closed box full of soft foam balls that press on the fingers at random.
+
+    Nobody's box is the simulated one, so the simulator draws several (`Balls.drawn`) and every
+    virtual hand has one of its own."""
+    count: int = 24
+    low: tuple = (-0.12, -0.07, 0.03)        # m, corners of the box
+    high: tuple = (0.09, 0.145, 0.19)
+    radius: tuple = (0.022, 0.030)           # m, smallest and largest
+    mass: float = 0.008                      # kg
+    softness: float = 0.01                   # s, time constant of a contact
+    friction: float = 0.0                    # against fingers and balls
+    rolls: bool = False
+    seed: int = 0
+
+    @classmethod
+    def drawn(cls, rng):
+        """Another box: +-1.5 cm on every side, 16 to 30 balls of other size, mass and softness."""
+        usual = cls()
+        smallest = rng.uniform(0.019, 0.025)
+        return cls(
+            count=int(rng.integers(16, 31)),
+            low=tuple(np.array(usual.low) + rng.uniform(-0.015, 0.015, 3)),
+            high=tuple(np.array(usual.high) + rng.uniform(-0.015, 0.015, 3)),
+            radius=(smallest, smallest + rng.uniform(0.003, 0.010)),
+            mass=rng.uniform(0.005, 0.015),
+            softness=rng.uniform(0.007, 0.018),
+            friction=rng.uniform(0.2, 0.8),
+            rolls=bool(rng.random() < 0.5),
+            seed=int(rng.integers(1 << 30)))
 
 
-def _chaos_box(spec, bit, hand_bits, n=24, low=(-0.12, -0.07, 0.03), high=(0.09, 0.145, 0.19)):
-    """The Chaos Box: a closed box (corners in m) full of soft foam balls that press on the fingers at random.
-    A ball is three slides and no rotation, and rubs on nothing but the hand: it loads the joints just as well at half the
-    degrees of freedom and a third of the constraints. MuJoCo's contacts are as stiff as the masses in them are heavy: without
-    the armature, which has inertia and no weight, a finger would pass through a ball of 8 g, and be thrown out of it."""
-    low, high = np.array(low), np.array(high)
+def _add_balls(spec, balls, bit, hand_bits):
+    """Walls (planes) and balls. MuJoCo's contacts are as stiff as the masses in them are heavy:
+    without the armature, which has inertia and no weight, a finger would pass through a ball of
+    8 g and be thrown out of it. Balls that do not roll load the joints as well at half the degrees
+    of freedom."""
+    low, high = np.array(balls.low), np.array(balls.high)
     for axis in range(3):
         for sign, edge in ((1.0, low), (-1.0, high)):
-            wall = spec.worldbody.add_geom(type=mujoco.mjtGeom.mjGEOM_PLANE, size=(0.3, 0.3, 0.01), contype=0, conaffinity=bit, condim=1,
-                                           pos=np.where(np.arange(3) == axis, edge, (low + high) / 2), rgba=(0.6, 0.7, 0.8, 0.1))
+            wall = spec.worldbody.add_geom(
+                type=mujoco.mjtGeom.mjGEOM_PLANE, size=(0.3, 0.3, 0.01), contype=0,
+                conaffinity=bit, condim=1, rgba=(0.6, 0.7, 0.8, 0.1),
+                pos=np.where(np.arange(3) == axis, edge, (low + high) / 2))
             wall.alt.type = mujoco.mjtOrientation.mjORIENTATION_ZAXIS
             wall.alt.zaxis = sign * np.eye(3)[axis]
-    rng = np.random.default_rng(0)
-    for i in range(n):
+    rng = np.random.default_rng(balls.seed)
+    for i in range(balls.count):
+        radius = rng.uniform(*balls.radius)
         body = spec.worldbody.add_body(name=f"ball{i}", pos=rng.uniform(low + 0.03, high - 0.03))
         for axis in np.eye(3):
             body.add_joint(type=mujoco.mjtJoint.mjJNT_SLIDE, axis=axis, damping=0.3, armature=0.03)
-        body.add_geom(type=mujoco.mjtGeom.mjGEOM_SPHERE, size=(rng.uniform(0.022, 0.03), 0, 0), mass=0.008, contype=bit,
-                      conaffinity=hand_bits | bit, condim=1, friction=(0.5, 0, 0), solref=(0.01, 1), rgba=(0.3, 0.55, 0.85, 1))
+        if balls.rolls:
+            body.add_joint(type=mujoco.mjtJoint.mjJNT_BALL, damping=1e-5,
+                           armature=0.03 * radius ** 2)
+        body.add_geom(
+            type=mujoco.mjtGeom.mjGEOM_SPHERE, size=(radius, 0, 0), mass=balls.mass, contype=bit,
+            conaffinity=hand_bits | bit, condim=3 if balls.friction else 1, priority=1,
+            friction=(balls.friction, 0, 0), solref=(balls.softness, 1), rgba=(0.3, 0.55, 0.85, 1))
 
 
-def build(obj=None, *, box_of_balls=False, wrist=(1, 0, 0, 0), timestep=1 / (CONTROL_HZ * SUBSTEPS),
-          cone="elliptic", impratio=10, integrator="implicitfast", stiffness=H.STIFFNESS, damping=H.DAMPING,
-          joint_friction=H.FRICTION, armature=H.ARMATURE, torque=H.TORQUE, backlash=None, looks=True):
-    """The hand of the table as an `MjSpec`, with an object in its fingers, with balls around it, or
-    free. Joint parameters in SI units, scalar or (16,); `backlash` (16,) rad adds a passive play joint
-    after every motor and leaves the actuators out (the virtual hand drives its motors itself).
+def stirred(model, rng):
+    """Displacements (nq - N,) of the balls in a model of the Chaos Box that throw them about."""
+    qpos = model.qpos0.copy()
+    slides = model.jnt_qposadr[model.jnt_type == mujoco.mjtJoint.mjJNT_SLIDE]
+    qpos[slides] += rng.uniform(-0.02, 0.02, len(slides))
+    return qpos
 
-    The contact settings are chosen to be converged, see tests/benchmark.py: the elliptic cone with impratio 10 holds
-    without slow slip (with the pyramidal cone and impratio 1 a policy learns to live off the creep), solref 20 ms is
-    longer than three steps.
+
+# ------------------------------------------------------------------------------------ the model
+GEOM_TYPE = {kind: getattr(mujoco.mjtGeom, f"mjGEOM_{kind.upper()}")
+             for kind in ("capsule", "sphere", "box", "cylinder", "ellipsoid")}
+# Collision bits. Links of different fingers collide from the middle link on, where they can meet.
+PALM, INNER, BALL, OBJECT, FINGER = 1, 2, 4, 8, 16          # finger f has the bit FINGER << f
+FINGERS = 15 * FINGER
+
+
+def _fingers():
+    """{link name: (finger 0..3 or -1 for the palm, whether it is one of the finger's last two)}"""
+    finger, depth, last = {H.LINKS[0].name: -1}, {}, {}
+    for link in H.LINKS[1:]:
+        root = link.parent == H.LINKS[0].name
+        finger[link.name] = max(finger.values()) + 1 if root else finger[link.parent]
+        depth[link.name] = 0 if root else depth[link.parent] + 1
+        last[finger[link.name]] = depth[link.name]
+    return {name: (f, f >= 0 and depth[name] >= last[f] - 1) for name, f in finger.items()}
+
+
+def build(obj=None, *, links=H.LINKS, balls=None, wrist=(1, 0, 0, 0), cone="elliptic", impratio=10,
+          timestep=1 / (CONTROL_HZ * SUBSTEPS), integrator="implicitfast", stiffness=H.STIFFNESS,
+          damping=H.DAMPING, joint_friction=H.FRICTION, armature=H.ARMATURE, torque=H.TORQUE,
+          backlash=None):
+    """The hand as an `MjSpec`, with an object in its fingers, with `balls` around it, or free.
+
+    links: the table, or one that differs from it. Joint parameters in SI units, scalar or (N,);
+    `backlash` (N,) rad adds a passive play joint after every motor and leaves the actuators out
+    (the virtual hand drives its motors itself).
+
+    The contact settings are converged, see `tests/benchmark.py --only physics`: the elliptic cone
+    with impratio 10 holds without slow slip (with the pyramidal cone and impratio 1 a policy learns
+    to live off the creep), and a contact's time constant of 20 ms is longer than three steps.
     """
-    GEOM = {k: getattr(mujoco.mjtGeom, f"mjGEOM_{k.upper()}") for k in ("capsule", "sphere", "box", "cylinder", "ellipsoid")}
-    PALM, NEAR, BALL, OBJECT, FINGER = 1, 2, 4, 8, 16        # collision bits; finger f has bit FINGER << f
-    FINGERS = 15 * FINGER
-    FOUND_AND_FORCE = (1 << int(mujoco.mjtConDataField.mjCONDATA_FOUND)) | (1 << int(mujoco.mjtConDataField.mjCONDATA_FORCE))
-    NETFORCE = 3
     spec = mujoco.MjSpec()
     spec.compiler.degree = False
-    opt = spec.option
-    opt.timestep, opt.impratio = timestep, impratio
-    opt.cone = getattr(mujoco.mjtCone, f"mjCONE_{cone.upper()}")
-    opt.integrator = getattr(mujoco.mjtIntegrator, f"mjINT_{integrator.upper()}")
-    opt.gravity = 9.81 * gravity(wrist)[0]
-    opt.jacobian = mujoco.mjtJacobian.mjJAC_DENSE            # MuJoCo 4.0's sparse Newton solver now and then returns 1000 rad/s among balls
-    opt.iterations, opt.tolerance = 20, 1e-7                 # measured: the same trajectories as 100, 1e-8 at 1.3 x the speed
+    option = spec.option
+    option.timestep, option.impratio = timestep, impratio
+    option.cone = getattr(mujoco.mjtCone, f"mjCONE_{cone.upper()}")
+    option.integrator = getattr(mujoco.mjtIntegrator, f"mjINT_{integrator.upper()}")
+    option.gravity = 9.81 * gravity(wrist)[0]
+    # The sparse Newton solver of MuJoCo 4.0.0 now and then returns 1000 rad/s among balls
+    # (google-deepmind/mujoco #3767, mended in 4.0.1); the dense one does not.
+    option.jacobian = mujoco.mjtJacobian.mjJAC_DENSE
+    # the same trajectories as with 100 iterations and 1e-8, faster
+    option.iterations, option.tolerance = 20, 1e-7
 
-    per_joint = lambda value: np.broadcast_to(np.asarray(value, float), (H.N,))
-    kp, kv, loss, arm, limit = map(per_joint, (stiffness, damping, joint_friction, armature, torque))
-    bodies, fingers = {None: spec.worldbody}, {}
-    for link in H.LINKS:
-        body = bodies[link.name] = bodies[link.parent].add_body(
-            name=link.name, pos=link.pos, quat=link.quat, mass=link.mass, ipos=link.com, iquat=link.inertia_quat,
-            inertia=link.inertia, explicitinertial=True)
-        if link.joint:
-            i = H.JOINTS.index(link.joint)
-            body.add_joint(name=link.joint.name, axis=(0, 0, -1), range=(link.joint.low, link.joint.high), limited=1,
-                           armature=arm[i], frictionloss=loss[i], damping=0 if backlash is None else kv[i])
-            if backlash is not None:                         # light and barely damped: the link rattles between the teeth
-                body.add_joint(name=f"{link.joint.name}_play", axis=(0, 0, -1), limited=1, damping=0.001, armature=1e-5,
-                               range=(-backlash[i] / 2, backlash[i] / 2))
-            else:
-                act = spec.add_actuator(name=link.joint.name, target=link.joint.name, trntype=mujoco.mjtTrn.mjTRN_JOINT,
-                                        forcelimited=1, forcerange=(-limit[i], limit[i]))
-                act.set_to_position(kp=kp[i], kv=kv[i])
-        finger = fingers.setdefault(link.name.split("_")[0], len(fingers) - 1)     # palm -1, then 0..3
-        outer = link.name.endswith(("md", "ds")) or link.name == "th_px"
-        bit = PALM if finger < 0 else FINGER << finger if outer else NEAR
-        for kind, *place in link.shapes:
-            if kind == "capsule":
-                geom = body.add_geom(type=GEOM[kind], fromto=(*place[0], *place[1]), size=(place[2], 0, 0))
-            else:
-                geom = body.add_geom(type=GEOM[kind], pos=place[0], size=np.resize(place[1], 3))
-                if kind == "sphere":
-                    body.add_site(name=link.name, pos=place[0], group=5)
-            geom.contype = bit
-            geom.conaffinity = OBJECT | BALL | (FINGERS & ~bit if finger >= 0 and outer else 0)
-            geom.rgba = (0.25, 0.25, 0.28, 1) if kind != "sphere" else (0.9, 0.9, 0.92, 1)
-            if finger < 0:
-                geom.conaffinity |= FINGERS
-
-    for tip in H.TIPS:
-        spec.add_sensor(name=f"{tip}_pos", type=mujoco.mjtSensor.mjSENS_FRAMEPOS, objtype=mujoco.mjtObj.mjOBJ_SITE, objname=tip)
+    _add_hand(spec, links, backlash, *(
+        np.broadcast_to(np.asarray(value, float), (H.N,))
+        for value in (stiffness, damping, joint_friction, armature, torque)))
     if obj is not None:
-        body = spec.worldbody.add_body(name="object", pos=CENTRE)
-        body.add_freejoint(name="object")
-        for kind, size, pos, quat in obj.parts:
-            body.add_geom(type=GEOM[kind], size=np.resize([*size, 0, 0], 3), pos=pos, quat=quat, density=1000, contype=OBJECT,
-                          conaffinity=255 | FINGERS, condim=4, priority=1, friction=(1, 0.005, 1e-4),
-                          rgba=(0.95, 0.6, 0.2, 1))
-        for link in H.TIPS:                                  # found (0/1.. contacts) and net force on the fingertip link, world frame, N
-            s = spec.add_sensor(name=f"{link}_contact", type=mujoco.mjtSensor.mjSENS_CONTACT, objtype=mujoco.mjtObj.mjOBJ_BODY,
-                                objname="object", reftype=mujoco.mjtObj.mjOBJ_BODY, refname=link)
-            s.intprm[:3] = FOUND_AND_FORCE, NETFORCE, 1
-    if looks:
-        spec.add_texture(name="sky", type=mujoco.mjtTexture.mjTEXTURE_SKYBOX, builtin=mujoco.mjtBuiltin.mjBUILTIN_GRADIENT,
-                         rgb1=(0.9, 0.93, 0.96), rgb2=(0.7, 0.75, 0.8), width=64, height=64)
-        spec.visual.headlight.ambient, spec.visual.headlight.diffuse = (0.45, 0.45, 0.45), (0.6, 0.6, 0.6)
-    if box_of_balls:
-        _chaos_box(spec, BALL, PALM | NEAR | FINGERS)
+        _add_object(spec, obj)
+    if balls is not None:
+        _add_balls(spec, balls, BALL, PALM | INNER | FINGERS)
+    spec.add_texture(
+        name="sky", type=mujoco.mjtTexture.mjTEXTURE_SKYBOX, width=64, height=64,
+        builtin=mujoco.mjtBuiltin.mjBUILTIN_GRADIENT, rgb1=(0.9, 0.93, 0.96), rgb2=(0.7, 0.75, 0.8))
+    spec.visual.headlight.ambient = (0.45, 0.45, 0.45)
+    spec.visual.headlight.diffuse = (0.6, 0.6, 0.6)
     return spec
 
 
-CENTRE = (0.0, 0.0, 0.0)
-CENTRE = _centre()
+def _add_hand(spec, links, backlash, stiffness, damping, joint_friction, armature, torque):
+    bodies, fingers = {None: spec.worldbody}, _fingers()
+    for link in links:
+        body = bodies[link.name] = bodies[link.parent].add_body(
+            name=link.name, pos=link.pos, quat=link.quat, mass=link.mass, ipos=link.com,
+            iquat=link.inertia_quat, inertia=link.inertia, explicitinertial=True)
+        if link.joint:
+            i, name = H.JOINTS.index(link.joint), link.joint.name
+            body.add_joint(
+                name=name, axis=(0, 0, -1), range=(link.joint.low, link.joint.high), limited=1,
+                armature=armature[i], frictionloss=joint_friction[i],
+                damping=0 if backlash is None else damping[i])
+            if backlash is None:
+                motor = spec.add_actuator(
+                    name=name, target=name, trntype=mujoco.mjtTrn.mjTRN_JOINT, forcelimited=1,
+                    forcerange=(-torque[i], torque[i]))
+                motor.set_to_position(kp=stiffness[i], kv=damping[i])
+            else:                           # light, hardly damped: it rattles between the teeth
+                body.add_joint(
+                    name=f"{name}_play", axis=(0, 0, -1), limited=1, damping=0.001, armature=1e-5,
+                    range=(-backlash[i] / 2, backlash[i] / 2))
+        if link.name in H.TIPS:
+            body.add_site(name=link.name, pos=H.TIPS[link.name], group=5)
+            spec.add_sensor(
+                name=f"{link.name}_pos", type=mujoco.mjtSensor.mjSENS_FRAMEPOS,
+                objtype=mujoco.mjtObj.mjOBJ_SITE, objname=link.name)
+        finger, outer = fingers[link.name]
+        bit = PALM if finger < 0 else FINGER << finger if outer else INNER
+        others = FINGERS if finger < 0 else FINGERS & ~bit if outer else 0
+        for k, (kind, *place) in enumerate(link.shapes):
+            is_tip = link.name in H.TIPS and k == len(link.shapes) - 1
+            if kind == "capsule":
+                start, end, radius = place
+                where = dict(fromto=(*start, *end), size=(radius, 0, 0))
+            else:
+                centre, size, *quat = place
+                where = dict(pos=centre, size=np.resize([*size, 0, 0], 3))
+                where |= dict(quat=quat[0]) if quat else {}
+            body.add_geom(
+                name=f"{link.name}_tip" if is_tip else "", type=GEOM_TYPE[kind], **where,
+                contype=bit, conaffinity=OBJECT | BALL | others, condim=1,
+                rgba=(0.9, 0.9, 0.92, 1) if is_tip else (0.25, 0.25, 0.28, 1))
 
 
-# ------------------------------------------------------------------------------------------------- stepping in batches
+def _add_object(spec, obj):
+    # not "simple": its centre of mass may be moved
+    body = spec.worldbody.add_body(name="object", pos=CENTRE, simple=0)
+    body.add_freejoint(name="object")
+    for kind, size, pos, quat in obj.parts:
+        body.add_geom(
+            type=GEOM_TYPE[kind], size=np.resize([*size, 0, 0], 3), pos=pos, quat=quat,
+            density=1000, contype=OBJECT, conaffinity=255 | FINGERS, condim=4, priority=1,
+            friction=(1, 0.005, 1e-4), rgba=(0.95, 0.6, 0.2, 1))
+    found = 1 << int(mujoco.mjtConDataField.mjCONDATA_FOUND)
+    force = 1 << int(mujoco.mjtConDataField.mjCONDATA_FORCE)
+    net_force = 3
+    for link in H.TIPS:                      # (found, force xyz in N, world frame) per fingertip
+        sensor = spec.add_sensor(
+            name=f"{link}_contact", type=mujoco.mjtSensor.mjSENS_CONTACT,
+            objtype=mujoco.mjtObj.mjOBJ_BODY, objname="object",
+            reftype=mujoco.mjtObj.mjOBJ_BODY, refname=link)
+        sensor.intprm[:3] = found | force, net_force, 1
+
+
+def set_object(model, data, mass, friction, centre):
+    """Give the object of a compiled model a mass (kg), a sliding friction (torsional: that of a
+    soft patch of 5 mm) and a centre of mass (m, in its frame). What MuJoCo derives from masses
+    is derived again, or contacts would be regularised for another object; `data` is scratch."""
+    body = model.body("object").id
+    model.body_inertia[body] *= mass / model.body_mass[body]
+    model.body_mass[body] = mass
+    model.body_ipos[body] = centre
+    model.geom_friction[model.geom_bodyid == body, :2] = friction, 0.005 * friction
+    mujoco.mj_setConst(model, data)
+
+
+def _fingertips(q):
+    """Fingertips (4, 3) m at joint positions q (N,) of the table's hand."""
+    model = build().compile()
+    data = mujoco.MjData(model)
+    data.qpos[:] = q
+    mujoco.mj_kinematics(model, data)
+    return data.site_xpos.copy()
+
+
+CENTRE = _fingertips(H.GRASP).mean(0)        # m: where the object sits
+
+
+# ------------------------------------------------------------- what a policy does and what it sees
+def next_target(target, delta):
+    """a_t = a_{t-1} + ALPHA delta_t with |delta| <= 1, within the reach of a policy. (n, N) rad."""
+    return np.clip(target + ALPHA * np.clip(delta, -1, 1), NEAR, FAR)
+
+
+def begin_history(q, target):
+    """A history (n, W, 2, N) float32 as if joints had always been at q with this target (n, N)."""
+    pair = torch.stack([torch.as_tensor(q), torch.as_tensor(target)], 1).float()
+    return pair[:, None].repeat(1, W, 1, 1)
+
+
+def push_history(history, q, target):
+    """The history one control step later: oldest first, the last pair is (q, target)."""
+    pair = torch.stack([torch.as_tensor(q), torch.as_tensor(target)], 1).float()
+    return torch.cat([history[:, 1:], pair[:, None]], 1)
+
+
+OBSERVED = 2 * W * H.N + 4 + 3               # numbers in an observation
+_GRASP = torch.tensor(H.GRASP, dtype=torch.float32)
+
+
+def observation(history, wrist, axis):
+    """What a real hand knows: the last W pairs of (measured position q_t, previous target a_{t-1}),
+    the wrist (4), the axis (3). history (n, W, 2, N) rad -> float32 (n, OBSERVED).
+
+    Positions are given relative to the canonical grasp and targets relative to the position: the
+    same information, but the second number is then the load."""
+    q, target = history[:, :, 0], history[:, :, 1]
+    return torch.cat([
+        (q - _GRASP).flatten(1),
+        10 * (target - q).flatten(1),
+        torch.as_tensor(wrist, dtype=torch.float32),
+        torch.as_tensor(axis, dtype=torch.float32),
+    ], 1)
+
+
+# ------------------------------------------------------------------------- stepping in batches
+# What a designer cannot know. The first three are the paper's; results/README.md has what each of
+# the others costs at home and buys on a hand that differs.
+PAPER = ("mass", "friction", "push")
+EVERYTHING = (*PAPER, "shape", "size", "centre", "wrist", "contact", "motor", "delay")
+MASS = 0.01, 0.05                # kg
+FRICTION = 0.5, 2.0              # of the object's surface
+PUSH = 2 / CONTROL_HZ            # m/s: the paper's force of 2 * mass for one control step...
+PUSH_PROBABILITY = 0.25          # ...in a quarter of them
+TIP = 0.0015                     # +- m, radius and reach of a fingertip
+WIDTH = 0.0015                   # +- m, radius of a link
+SIZE = 0.03                      # +- share of the object's size
+OFF_CENTRE = 0.003               # +- m, centre of mass
+WRIST_ERROR = np.radians(5)      # how wrong a wrist is held, at most
+CONTACT_TIME = 0.010, 0.030      # s, time constant of a contact with the object
+STIFFNESS = 0.70, 1.05           # share of the table's
+JOINT_FRICTION = 0.7, 2.5
+ZERO_ERROR = np.radians(0.7)     # +- rad, of an encoder
+DELAY = 0.0, 0.015               # s, of a command, and of a reading
+
+
+def random_pushes(rng, *shape):
+    """Changes of the object's velocity (*shape, 3) m/s before a control step."""
+    kicked = rng.random(shape) < PUSH_PROBABILITY
+    return kicked[..., None] * rng.normal(0, PUSH, (*shape, 3))
+
+
+def tilted(wrist, rng, largest):
+    """The wrist (4,) turned by up to `largest` rad about a random axis."""
+    axis = rng.normal(size=3)
+    error = from_axis_angle(axis / np.linalg.norm(axis), rng.uniform(0, largest))
+    return multiply(error, np.asarray(wrist, float))
+
+
+def _varied_shapes(rng):
+    """The table's links with capsules a little thicker or thinner, tips a little longer."""
+    links = []
+    for link in H.LINKS:
+        shapes = []
+        for k, (kind, start, end, *radius) in enumerate(link.shapes):
+            if kind == "capsule":
+                is_tip = link.name in H.TIPS and k == len(link.shapes) - 1
+                spread = TIP if is_tip else WIDTH
+                radius = [radius[0] + rng.uniform(-spread, spread)]
+                if is_tip:
+                    along = np.subtract(end, start) / np.linalg.norm(np.subtract(end, start))
+                    end = tuple(end + along * rng.uniform(-TIP, TIP))
+            shapes.append((kind, start, end, *radius))
+        links.append(link._replace(shapes=tuple(shapes)))
+    return tuple(links)
+
+
+class Trial(NamedTuple):
+    """Everything that happens to one episode but what the hand does, so that two hands can be
+    measured on the same."""
+    obj: Object
+    grasp: np.ndarray            # (2 N + 7,): joints, object position and quaternion, targets
+    wrist: str
+    axis: str
+    mass: float
+    friction: float
+    pushes: np.ndarray           # (EPISODE, 3) m/s
+
+
+def trials(objects, wrist, axes, n, seed):
+    """n trials with the objects in turn; each depends on `seed` and its number alone."""
+    grasps = {obj: grasp_cache(obj) for obj in objects}
+    drawn = []
+    for number in range(n):
+        rng = np.random.default_rng([seed, number, 4])
+        obj = objects[number % len(objects)]
+        drawn.append(Trial(
+            obj, rng.choice(grasps[obj]), wrist, axes[rng.integers(len(axes))],
+            rng.uniform(*MASS), rng.uniform(*FRICTION), random_pushes(rng, EPISODE)))
+    return drawn
+
+
 class Rotation:
-    """n hands that each hold an object, stepped together on all cores (mujoco.rollout, one model per environment).
+    """n hands that each hold an object, stepped together on all cores (mujoco.rollout with a model
+    for each environment).
 
-    objects: list of `Object`, dealt out in turn; wrists, axes: names or (4,) / (3,) arrays, drawn anew at every reset.
-    `gravity_scale` (a float, or one for each of the wrists) is what a curriculum turns. With `randomize` the object's mass (10-50 g), friction
-    (0.5-2.0) and pushes are drawn as in training; the same seed gives the same numbers on a CPU.
+    objects: list of `Object`, dealt out in turn; wrists, axes: names, drawn anew at every reset.
+    `randomize` names what differs from episode to episode (of EVERYTHING); the same seed gives the
+    same numbers. `level`, an array over wrists in 0..1, is what a curriculum turns: it scales
+    gravity from `weakest` to 1 g and, with it, the spread of what is randomized beyond the paper.
     After `step` these describe the control step just made (float64 arrays over environments):
-        q, dq (n, 16)   target (n, 16)   pos (n, 3)   quat (n, 4)   vel (n, 6: linear, angular)   omega (n, 3) rad/s
-        tips (n, 4, 3)  tip_vel (n, 4, 3)   contact (n, 4, 4: found, force xyz N)   fallen (n,) bool   steps (n,)
+        q, dq (n, N)   measured (n, N): late, with noise and encoder zero   target (n, N)
+        pos (n, 3)   quat (n, 4)   vel (n, 6: linear, angular)   omega (n, 3) rad/s
+        tips (n, 4, 3)   tip_vel (n, 4, 3)   contact (n, 4, 4: found, force xyz N)
+        fallen (n,) bool   steps (n,)
     """
+    VARIANTS = 128               # differently shaped hands; an environment keeps its own
 
-    def __init__(self, n, objects, wrists=("palm_up",), axes=("+z",), seed=0, randomize=True, noise=0.005,
-                 gravity_scale=1.0, threads=None, progress=True, **physics):
+    def __init__(self, n, objects, wrists=("palm_up",), axes=("+z",), seed=0, randomize=PAPER,
+                 noise=0.005, weakest=0.2, threads=None, progress=True, **physics):
         self.n, self.rng = n, np.random.default_rng(seed)
-        self.randomize, self.noise, self.gravity_scale = randomize, noise, gravity_scale
-        self.objects = list(objects)
-        self.which = np.arange(n) % len(self.objects)
-        self.wrists = [np.asarray(WRISTS.get(w, w) if isinstance(w, str) else w, float) for w in wrists]
-        self.axes = [np.asarray(AXES[a] if isinstance(a, str) else a, float) for a in axes]
-        self.grasps = [grasp_cache(o, progress=progress) for o in self.objects]
-        compiled = [build(o, **physics).compile() for o in self.objects]
-        self.models = [copy.copy(compiled[i]) for i in self.which]
-        m = compiled[0]
+        self.randomize, self.noise, self.weakest = frozenset(randomize), noise, weakest
+        self.objects, self.which = list(objects), np.arange(n) % len(objects)
+        self.wrists, self.axes = list(wrists), list(axes)
+        self.level = np.ones(len(self.wrists))
+        self.grasps = [grasp_cache(obj, progress=progress) for obj in self.objects]
+        self.models = self._compile(physics)
+        m = self.models[0]
         self.substeps = round(1 / (CONTROL_HZ * m.opt.timestep))
         self.threads = threads or os.cpu_count()
         self.datas = [mujoco.MjData(m) for _ in range(self.threads)]
         self.pool = rollout.Rollout(nthread=self.threads)
-        self.state = np.zeros((n, mujoco.mj_stateSize(m, mujoco.mjtState.mjSTATE_FULLPHYSICS)))
-        self._ctrl = np.zeros((n, self.substeps, H.N))
-        self._states = np.zeros((n, self.substeps, self.state.shape[1]))
+
+        size = mujoco.mj_stateSize(m, mujoco.mjtState.mjSTATE_FULLPHYSICS)
+        self.state = np.zeros((n, size))
+        self._control = np.zeros((n, self.substeps, H.N))
+        self._states = np.zeros((n, self.substeps, size))
         self._sensors = np.zeros((n, self.substeps, m.nsensordata))
-        self._q, self._v = slice(1, 1 + m.nq), slice(1 + m.nq, 1 + m.nq + m.nv)
-        self.target, self.home = np.zeros((n, H.N)), np.zeros((n, 3))
-        self.wrist, self.axis, self.which_wrist = np.zeros((n, 4)), np.zeros((n, 3)), np.zeros(n, int)
+        # a state is time, qpos (joints, object position, quaternion), qvel (joints, object)
+        joints, place, turn = 1 + H.N, 4 + H.N, 8 + H.N
+        self._q = slice(1, joints)
+        self._pos, self._quat = slice(joints, place), slice(place, turn)
+        self._qpos, self._qvel = slice(1, turn), slice(turn, size)
+        self._dq, self._vel = slice(turn, turn + H.N), slice(turn + H.N, size)
+        self._push = slice(turn + H.N, turn + H.N + 3)
+
+        self.target, self.measured = np.zeros((n, H.N)), np.zeros((n, H.N))
+        self.zero = np.zeros((n, H.N))                       # rad, error of the encoders
+        self.command_delay = np.zeros(n, int)                # substeps
+        self.reading_delay = np.zeros(n, int)
+        self.home, self.omega, self.axis = (np.zeros((n, 3)) for _ in range(3))
+        self.wrist, self.which_wrist = np.zeros((n, 4)), np.zeros(n, int)
         self.mass, self.friction, self.g = np.zeros(n), np.zeros(n), np.zeros(n)
-        self.tips, self.tip_vel, self.contact = np.zeros((n, 4, 3)), np.zeros((n, 4, 3)), np.zeros((n, 4, 4))
-        self.omega, self.fallen = np.zeros((n, 3)), np.zeros(n, bool)
-        self.steps, self.blowups = np.zeros(n, int), 0
-        self.history = np.zeros((n, W, 2, H.N))              # measured joint positions, previous targets
+        self.tips, self.tip_vel = np.zeros((n, 4, 3)), np.zeros((n, 4, 3))
+        self.contact, self.fallen = np.zeros((n, 4, 4)), np.zeros(n, bool)
+        self.steps, self.blowups, self.pushes = np.zeros(n, int), 0, None
+        self.history = begin_history(self.measured, self.target)
         self.reset(np.arange(n))
 
-    q = property(lambda self: self.state[:, 1:1 + H.N])
-    dq = property(lambda self: self.state[:, self._v][:, :H.N])
-    pos = property(lambda self: self.state[:, 1 + H.N:4 + H.N])
-    quat = property(lambda self: self.state[:, 4 + H.N:8 + H.N])
-    vel = property(lambda self: self.state[:, self._v][:, H.N:])
+    q = property(lambda self: self.state[:, self._q])
+    dq = property(lambda self: self.state[:, self._dq])
+    pos = property(lambda self: self.state[:, self._pos])
+    quat = property(lambda self: self.state[:, self._quat])
+    vel = property(lambda self: self.state[:, self._vel])
+
+    def _compile(self, physics):
+        """A model for each environment."""
+        count = len(self.objects)
+        if self.randomize & {"shape", "size"}:
+            count = min(self.n, -(-self.VARIANTS // count) * count)
+        compiled = []
+        for k in range(count):
+            obj, links = self.objects[k % len(self.objects)], H.LINKS
+            if "shape" in self.randomize:
+                links = _varied_shapes(self.rng)
+            if "size" in self.randomize:
+                obj = scaled(obj, 1 + self.rng.uniform(-SIZE, SIZE))
+            compiled.append(build(obj, links=links, **physics).compile())
+        self._usual = compiled[0]
+        self._ipos = [m.body("object").ipos.copy() for m in compiled]
+        return [copy.copy(compiled[i % count]) for i in range(self.n)]
 
     def reset(self, ids):
-        """Start new episodes in environments `ids` from cached grasps, with a wrist, an axis and an object drawn anew."""
+        """Start new episodes in environments `ids` from cached grasps, with a wrist, an axis and
+        whatever is randomized drawn anew."""
+        rng = self.rng
         for i in ids:
-            kind, rng, model = self.which[i], self.rng, self.models[i]
             w = rng.integers(len(self.wrists))
-            self.wrist[i], self.axis[i] = self.wrists[w], self.axes[rng.integers(len(self.axes))]
-            mass, friction = (rng.uniform(0.01, 0.05), rng.uniform(0.5, 2.0)) if self.randomize else (0.03, 1.0)
-            self.mass[i], self.friction[i] = mass, friction
-            scale = self.gravity_scale[w] if np.ndim(self.gravity_scale) else self.gravity_scale
-            self.g[i] = scale
-            model.opt.gravity = 9.81 * scale * gravity(self.wrist[i])[0]
-            self.which_wrist[i] = w
-            set_object(model, mass, friction)
-            grasps = self.grasps[kind]
-            g = grasps[rng.integers(len(grasps))]
-            self.state[i] = 0
-            self.state[i, self._q], self.target[i] = g[:23], g[23:]
-        ids = np.asarray(ids, int)
+            grasps = self.grasps[self.which[i]]
+            self._start(
+                i, grasps[rng.integers(len(grasps))], self.wrists[w],
+                self.axes[rng.integers(len(self.axes))],
+                rng.uniform(*MASS) if "mass" in self.randomize else 0.03,
+                rng.uniform(*FRICTION) if "friction" in self.randomize else 1.0)
+        self._begin(np.asarray(ids, int))
+
+    def begin(self, trials):
+        """Start every environment with its own of n trials; their objects are `objects` in turn."""
+        self.pushes = np.stack([trial.pushes for trial in trials])
+        for i, t in enumerate(trials):
+            assert t.obj == self.objects[self.which[i]]
+            self._start(i, t.grasp, t.wrist, t.axis, t.mass, t.friction)
+        self._begin(np.arange(self.n))
+
+    def _start(self, i, grasp, wrist, axis, mass, friction):
+        w, model, rng = self.wrists.index(wrist), self.models[i], self.rng
+        level = self.level[w]
+        self.which_wrist[i], self.wrist[i], self.axis[i] = w, WRISTS[wrist], AXES[axis]
+        self.mass[i], self.friction[i] = mass, friction
+        self.g[i] = self.weakest + (1 - self.weakest) * level
+        self.state[i] = 0
+        self.state[i, self._qpos], self.target[i] = grasp[:H.N + 7], grasp[H.N + 7:]
+
+        true_wrist, centre = self.wrist[i], self._ipos[i % len(self._ipos)]
+        if "wrist" in self.randomize:
+            true_wrist = tilted(true_wrist, rng, level * WRIST_ERROR)
+        if "centre" in self.randomize:
+            centre = centre + level * rng.uniform(-OFF_CENTRE, OFF_CENTRE, 3)
+        model.opt.gravity = 9.81 * self.g[i] * gravity(true_wrist)[0]
+        set_object(model, self.datas[0], mass, friction, centre)
+        if "contact" in self.randomize:
+            softness = 0.02 + level * (rng.uniform(*CONTACT_TIME) - 0.02)
+            model.geom_solref[model.geom_bodyid == model.body("object").id, 0] = softness
+        if "motor" in self.randomize:
+            share = 1 + level * (rng.uniform(*STIFFNESS, H.N) - 1)
+            loss = 1 + level * (rng.uniform(*JOINT_FRICTION, H.N) - 1)
+            model.actuator_gainprm[:, 0] = share * self._usual.actuator_gainprm[:, 0]
+            model.actuator_biasprm[:, 1] = share * self._usual.actuator_biasprm[:, 1]
+            model.dof_frictionloss[:H.N] = loss * self._usual.dof_frictionloss[:H.N]
+            self.zero[i] = level * rng.uniform(-ZERO_ERROR, ZERO_ERROR, H.N)
+        if "delay" in self.randomize:
+            late = np.rint(rng.uniform(*DELAY, 2) * CONTROL_HZ * self.substeps).astype(int)
+            self.command_delay[i], self.reading_delay[i] = late
+        scratch = self.datas[0]
+        scratch.qpos[:] = self.state[i, self._qpos]
+        mujoco.mj_kinematics(model, scratch)
+        self.tips[i] = scratch.site_xpos
+
+    def _begin(self, ids):
+        self.target[ids] += self.zero[ids]                   # what the hand would report
         self.home[ids], self.steps[ids], self.fallen[ids] = self.pos[ids], 0, False
         self.omega[ids], self.contact[ids], self.tip_vel[ids] = 0, 0, 0
-        self.tips[ids] = CENTRE
-        self.history[ids] = np.stack([self.q[ids], self.target[ids]], 1)[:, None]
+        self.measured[ids] = self.q[ids] + self.zero[ids]
+        self.history[ids] = begin_history(self.measured[ids], self.target[ids])
 
     def step(self, target):
-        """Advance one control step (50 ms) with joint targets (n, 16) rad, clipped to the reach of a policy."""
-        self.target = np.clip(target, NEAR, FAR)
-        self._ctrl[:] = self.target[:, None]
-        before, tips = self.quat.copy(), self.tips.copy()
-        if self.randomize:                                   # the paper's push: a force of scale 2 * mass for one step, p = 0.25
-            kicked = self.rng.random(self.n) < 0.25
-            start = self._v.start + H.N
-            self.state[:, start:start + 3] += kicked[:, None] * self.rng.normal(0, 2 / CONTROL_HZ, (self.n, 3))
-        self.pool.rollout(self.models, self.datas, self.state, nstep=self.substeps, control=self._ctrl,
-                          state=self._states, sensordata=self._sensors)
+        """Advance one control step (50 ms) with joint targets (n, N) rad, see `next_target`."""
+        previous, self.target = self.target, target
+        self._control[:] = (self.target - self.zero)[:, None]
+        if self.command_delay.any():
+            late = np.arange(self.substeps) < self.command_delay[:, None]
+            self._control[late] = np.repeat(previous - self.zero, self.command_delay, 0)
+        if self.pushes is not None:
+            now = np.minimum(self.steps, EPISODE - 1)
+            self.state[:, self._push] += self.pushes[np.arange(self.n), now]
+        elif "push" in self.randomize:
+            self.state[:, self._push] += random_pushes(self.rng, self.n)
+        before, tips = self.quat.copy(), self.tips
+
+        self.pool.rollout(
+            self.models, self.datas, self.state, nstep=self.substeps, control=self._control,
+            state=self._states, sensordata=self._sensors)
         expected = self.state[:, 0] + 1 / CONTROL_HZ
         self.state[:] = self._states[:, -1]
-        fastest = np.abs(self.state[:, self._v]).max(1)
-        blown = ~(np.isfinite(self.state).all(1) & (np.abs(self.state[:, 0] - expected) < 1e-6) & (fastest < IMPOSSIBLE))
+        fastest = np.abs(self.state[:, self._qvel]).max(1)
+        blown = ~(np.isfinite(self.state).all(1) & (np.abs(self.state[:, 0] - expected) < 1e-6)
+                  & (fastest < IMPOSSIBLE))
         if blown.any():
             self.blowups += int(blown.sum())
             self.state[blown] = 0
-            self.state[blown, 4 + H.N] = 1
-        sensors = self._sensors[:, -1]
-        self.tips = sensors[:, :12].reshape(-1, 4, 3).copy()
-        self.tip_vel = np.where((self.steps > 0)[:, None, None], (self.tips - tips) * CONTROL_HZ, 0)
-        self.contact = sensors[:, 12:28].reshape(-1, 4, 4)
-        self.omega = rotation_vector(multiply(self.quat, conjugate(before))) * CONTROL_HZ
+            self.state[blown, self._quat.start] = 1
+
+        self.tips, self.contact = fingertip_sensors(self._sensors[:, -1])
+        self.tip_vel = (self.tips - tips) * CONTROL_HZ
+        self.omega = angular_velocity(before, self.quat)
         self.omega[blown] = 0
         self.steps += 1
-        self.fallen = blown | (np.linalg.norm(self.pos - self.home, axis=1) > FALL)
-        self.history[:, :-1] = self.history[:, 1:]
-        self.history[:, -1, 0] = self.q + (self.rng.uniform(-self.noise, self.noise, (self.n, H.N)) if self.noise else 0)
-        self.history[:, -1, 1] = self.target
+        self.fallen = blown | has_fallen(self.pos, self.home)
+        seen = self._states[np.arange(self.n), self.substeps - 1 - self.reading_delay, self._q]
+        self.measured = np.where(blown[:, None], self.q, seen) + self.zero
+        if self.noise:
+            self.measured += self.rng.uniform(-self.noise, self.noise, (self.n, H.N))
+        self.history = push_history(self.history, self.measured, self.target)
 
     def observe(self):
-        """The deployable observation, see `deployable`: float32 (n, 327)."""
-        return deployable(self.history, self.wrist, self.axis)
+        """The deployable observation, see `observation`: float32 tensor (n, OBSERVED)."""
+        return observation(self.history, self.wrist, self.axis)
 
 
-def deployable(history, wrist, axis):
-    """What a real hand knows: the last W = 10 (joint position, previous target) pairs, the wrist (4), the axis (3).
-
-    history (n, W, 2, 16) rad, wrist (n, 4), axis (n, 3) -> float32 (n, 327). Positions are given relative to the
-    canonical grasp and targets relative to the position: the same information, but the second number is then the load."""
-    q = history[:, :, 0]
-    x = [(q - H.GRASP).reshape(len(q), -1), 10 * (history[:, :, 1] - q).reshape(len(q), -1), wrist, axis]
-    return np.concatenate(x, 1).astype(np.float32)
+def fingertip_sensors(sensors):
+    """Sensor rows (n, 28) of a model with an object -> tips (n, 4, 3) m, contact (n, 4, 4: found,
+    net force xyz N)."""
+    t = len(H.TIPS)
+    return sensors[:, :3 * t].reshape(-1, t, 3).copy(), sensors[:, 3 * t:].reshape(-1, t, 4)
 
 
-def run_episodes(env, act, record=None, title=None):
-    """Let `act(env) -> targets (n, 16)` drive every environment of `env` for one 20 s episode.
+def has_fallen(pos, home):
+    return np.linalg.norm(pos - home, axis=-1) > FALL
 
-    Returns a dict of (n,) arrays: RotR = sum over steps of omega . k (RotR / 20 is radians turned), TTF s until the object
-    fell (20 if it never did), RotP = mean of |omega x k| while it was held. `record(env)`, if given, is called after every
-    step. Nothing counts after a fall."""
-    env.reset(np.arange(env.n))
-    alive, RotR, held, RotP = np.ones(env.n, bool), np.zeros(env.n), np.zeros(env.n), np.zeros(env.n)
+
+class Referee:
+    """Keeps the metrics of n episodes, in the training simulator or on a virtual hand.
+
+    RotR = sum over steps of omega . k (RotR / 20 is radians turned), TTF = s until the object fell,
+    RotP = mean of |omega x k| while it was held. Nothing counts after a fall."""
+
+    def __init__(self, axis, pos, quat):
+        self.axis, self.home, self.quat = np.array(axis, float), pos.copy(), quat.copy()
+        self.alive = np.ones(len(pos), bool)
+        self.RotR, self.RotP, self.held = (np.zeros(len(pos)) for _ in range(3))
+
+    def __call__(self, pos, quat, lost=False):
+        """One control step later; returns which episodes still hold their object (n,)."""
+        self.alive &= ~(lost | has_fallen(pos, self.home))
+        omega = angular_velocity(self.quat, quat)
+        self.RotR += self.alive * (omega * self.axis).sum(1)
+        self.RotP += self.alive * np.linalg.norm(np.cross(omega, self.axis), axis=1)
+        self.held += self.alive
+        self.quat = quat.copy()
+        return self.alive
+
+    def result(self):
+        return {"RotR": self.RotR, "TTF": self.held / CONTROL_HZ,
+                "RotP": self.RotP / np.maximum(self.held, 1)}
+
+
+def run_episodes(env, act, record=None, title=None, trials=None):
+    """Let `act(env) -> targets (n, N)` drive every environment of `env` for one 20 s episode, of
+    `trials` if given. Returns the dict of `Referee`; `record(env)` is called after every step."""
+    env.begin(trials) if trials else env.reset(np.arange(env.n))
+    referee = Referee(env.axis, env.pos, env.quat)
     bar = Progress(title, EPISODE) if title else None
     for t in range(EPISODE):
         env.step(act(env))
-        alive &= ~env.fallen
-        held += alive
-        RotR += alive * (env.omega * env.axis).sum(1)
-        RotP += alive * np.linalg.norm(np.cross(env.omega, env.axis), axis=1)
+        alive = referee(env.pos, env.quat, lost=env.fallen)
         if record:
             record(env)
         env.reset(np.flatnonzero(env.fallen))
         if bar:
-            bar(t + 1, f"{RotR.mean() / CONTROL_HZ:.2f} rad, {100 * alive.mean():.0f} % held")
-    return {"RotR": RotR, "TTF": held / CONTROL_HZ, "RotP": RotP / np.maximum(held, 1)}
+            turned = referee.RotR.mean() / CONTROL_HZ
+            bar(t + 1, f"{turned:.2f} rad, {100 * alive.mean():.0f} % held")
+    return referee.result()
+
+
+# --------------------------------------------------------------------------------------- grasps
+GRASPS = 300                     # of each object
+OPEN = 0.25                      # rad, how far fingers start from where they close
+SQUEEZE = 0.15                   # rad, how far a target may lie inside the object
+
+
+def grasp_cache(obj, n=GRASPS, seed=0, progress=True):
+    """Stable grasps of an object, (n, 2 N + 7) = qpos (joints, object position, quaternion) and
+    joint targets. Made once, then read from CACHE under a key of everything that it depends on.
+    Raises `Problem` if the object does not fit the hand."""
+    spec = build(obj)
+    key = json.dumps([spec.to_xml(), H.HAND, n, seed, GRASP_TEST])
+    path = CACHE / f"grasps-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
+    if path.exists():
+        return load_npz(path, "grasps")["grasps"]
+    grasps = _sample_grasps(spec.compile(), obj.name, n, seed, progress)
+    save_npz(path, grasps=grasps)
+    return grasps
+
+
+# A grasp is tried with a heavy and slippery object, first palm down. (With 30 g, friction 1 and no
+# count of fingertips half of the grasps drop the object within 10 s when nothing moves, and
+# training starts from hopeless states.)
+GRASP_TEST = {
+    "mass": 0.05, "friction": 0.7, "fingertips": 3, "drift": 0.015, "speed": 1.0,
+    "stages": (("palm_up", 0.1), ("palm_up", 0.4), ("palm_down", 0.1), ("palm_down", 0.4)),
+}
+
+
+def _sample_grasps(model, name, n, seed, progress):
+    """Random targets around the canonical grasp (+-0.3 rad) with the object anywhere near the
+    middle of the fingertips (+-12 mm, any turn about z); kept if three fingertips or more bear on
+    the object, which stays where it was under gravity along -z and again along +z."""
+    rng, found, tried = np.random.default_rng(seed), [], 0
+    datas = [mujoco.MjData(model) for _ in range(os.cpu_count())]
+    set_object(model, datas[0], GRASP_TEST["mass"], GRASP_TEST["friction"],
+               model.body("object").ipos.copy())
+    position, batch = slice(1 + H.N, 4 + H.N), 512
+    bar = Progress(f"grasps {name}", n) if progress else None
+    with rollout.Rollout(nthread=len(datas)) as pool:
+        while len(found) < n:
+            if tried > 400 * n:
+                raise H.Problem(f"{name}: only {len(found)} of {tried} grasps hold; the object "
+                                "does not fit the hand's canonical grasp")
+            tried += batch
+            target = np.clip(H.GRASP + rng.uniform(-0.3, 0.3, (batch, H.N)), H.LOW, H.HIGH)
+            state = np.zeros((batch, 1 + model.nq + model.nv))
+            state[:, 1:1 + H.N] = target
+            state[:, position] = CENTRE + rng.uniform(-0.012, 0.012, (batch, 3))
+            turn = rng.uniform(-np.pi, np.pi, batch)
+            state[:, 4 + H.N:8 + H.N] = from_axis_angle([[0, 0, 1]] * batch, turn)
+            start = state[:, position].copy()
+            for wrist, seconds in GRASP_TEST["stages"]:
+                model.opt.gravity = 9.81 * gravity(WRISTS[wrist])[0]
+                states, sensors = pool.rollout(
+                    model, datas, state, target[:, None], nstep=round(seconds / model.opt.timestep))
+                state = states[:, -1].copy()
+                touching = (fingertip_sensors(sensors[:, -1])[1][:, :, 0] > 0).sum(1)
+                drift = np.linalg.norm(state[:, position] - start, axis=1)
+                good = (np.isfinite(state).all(1) & (drift < GRASP_TEST["drift"])
+                        & (touching >= GRASP_TEST["fingertips"]))
+                state, start, target = state[good], start[good], target[good]
+                if not len(state):
+                    break
+            velocity = state[:, 1 + model.nq:]
+            still = ((np.abs(velocity).max(1, initial=0) < GRASP_TEST["speed"])
+                     & (np.linalg.norm(velocity[:, H.N:H.N + 3], axis=1) < 0.01))
+            found += list(np.concatenate([state[:, 1:1 + model.nq], target], 1)[still])
+            if bar:
+                bar(min(len(found), n), f"{100 * len(found) / tried:.0f} % hold")
+    return np.array(found[:n])
+
+
+# -------------------------------------------------------------------------------- a virtual hand
+DIFFERS = ("motor", "shape", "contact", "object", "wrist", "box")
+
+
+class VirtualHand(H.Hand):
+    """The same hand as it would be made and mounted, not as the training simulator believes.
+
+    A seed draws everything hidden; nothing that trains may read it. `differs` names what is not as
+    in training (all of DIFFERS, or fewer to see what each costs):
+        motor     gears with stiction and play, sagging supply, encoder zeros, delays (below)
+        shape     the published boxes +-1 mm wide, ellipsoid tips +-1 mm, link lengths +-0.5 mm,
+                  joint axes off by up to 1 degree
+        contact   softness, damping, rubber tips and smoother links, torsional friction
+        object    +-3 % in size, its centre of mass up to 3 mm off on every axis
+        wrist     held up to 5 degrees wrong
+        box       another Chaos Box
+    Motor and friction are model M4 of "Better Actuator Models" (arXiv 2410.08650), from `error` in
+    rad to torque in N m:
+        duty = clip(gain * DUTY_PER_RAD * error, -1, 1)
+        current = clip((duty * V - kt * w) / R, -limit, limit)
+        |friction| <= base + load |tau_ext - tau|
+                      + exp(-|w / w_s|^0.76) (stribeck + load_s |tau_ext - tau|) + viscous |w|
+    load: "none", "balls" (the Chaos Box) or an `Object` to hold. Time is simulated: every `command`
+    lets 50 ms pass.
+    """
+    realtime = False
+    SUBSTEPS = 12                # 240 Hz
+
+    def __init__(self, seed=0, wrist="palm_up", load="none", differs=DIFFERS):
+        super().__init__()
+        self.seed, self.load, self.differs = seed, load, frozenset(differs)
+        self._draw_motors(np.random.default_rng([seed, 2510]))
+        rng = np.random.default_rng([seed, 8556])
+        links, balls = H.LINKS, Balls()
+        other_links, other_balls = _made_differently(rng), Balls.drawn(rng)
+        other_wrist = tilted(WRISTS[wrist], rng, WRIST_ERROR)
+        size, self._centre = 1 + rng.uniform(-0.03, 0.03), rng.uniform(-0.003, 0.003, 3)
+        # of rubber and of printed links, over the object's; softness in s
+        self._rubber, self._plastic = rng.uniform(0.85, 1.1), rng.uniform(0.3, 0.6)
+        self._patch = rng.uniform(0.003, 0.008)              # m, radius that resists twisting
+        self._softness, self._bounce = rng.uniform(0.012, 0.028), rng.uniform(0.7, 1.2)
+        obj = load if isinstance(load, tuple) else None
+        if obj and "object" in self.differs:
+            obj = scaled(obj, size)
+        self._holds_object = obj is not None
+        self._model = build(
+            obj, links=other_links if "shape" in self.differs else H.LINKS,
+            balls=None if load != "balls" else other_balls if "box" in self.differs else balls,
+            wrist=other_wrist if "wrist" in self.differs else WRISTS[wrist],
+            timestep=1 / (CONTROL_HZ * self.SUBSTEPS), **self._joints).compile()
+        self._data = mujoco.MjData(self._model)
+        self._gravity = self._model.opt.gravity.copy()
+        self._ipos = self._model.body("object").ipos.copy() if obj else None
+        joints = [self._model.joint(joint.name) for joint in H.JOINTS]
+        self._qadr = np.array([joint.qposadr[0] for joint in joints])
+        self._vadr = np.array([joint.dofadr[0] for joint in joints])
+        if "motor" in self.differs:
+            # MuJoCo's constraints are soft by default: stiction crept at 10 mrad/s, and a fingertip
+            # leant 2 degrees into the stops of its play
+            self._model.dof_solimp[:, :2] = self._model.jnt_solimp[:, :2] = 0.999
+        self.place(H.GRASP)
+
+    def _draw_motors(self, rng):
+        def each(low, high):
+            return rng.uniform(low, high, H.N)
+
+        self._gain = each(0.85, 1.0)
+        self._volt = rng.uniform(4.6, 4.9)       # cables and load pull a 5 V supply down
+        self._kt, self._R = H.KT * each(0.95, 1.05), H.RESISTANCE * each(0.97, 1.08)
+        self._limit = H.CURRENT_LIMIT[1200] * each(0.9, 1.0)
+        # N m, around the identified motor
+        self._base, self._stribeck = 0.0088 * each(0.7, 1.3), 0.0047 * each(0.7, 1.3)
+        self._load, self._load_s = 0.068 * each(0.7, 1.3), 0.0738 * each(0.7, 1.3)
+        self._zero = np.radians(each(-0.6, 0.6))             # what a careful calibration leaves
+        self._backlash = np.radians(each(0.25, 0.5))
+        self._command_delay, self._read_delay = rng.uniform(0.004, 0.012), rng.uniform(0.003, 0.008)
+        viscous, armature = 0.0046 * each(0.7, 1.3), H.ARMATURE * each(0.95, 1.1)
+        self._joints = dict(damping=viscous, armature=armature, backlash=self._backlash)
+        if "motor" not in self.differs:
+            self._joints = {}
+            self._zero = np.zeros(H.N)
+            self._command_delay = self._read_delay = 0.0
+
+    # ---- placing
+    def place(self, q, target=None, object_qpos=None, mass=0.03, friction=1.0, stir=None):
+        """Start over with joints at q (N,) rad and the object, if any, in the fingers (position m,
+        quaternion): somebody holds it until they have closed on it. `stir` is a seed that throws
+        the balls of the Chaos Box about."""
+        m, d = self._model, self._data
+        if self._holds_object:
+            self._set_contacts(mass, friction)
+        mujoco.mj_resetData(m, d)
+        if self.load == "balls":
+            d.qpos[:] = stirred(m, np.random.default_rng([self.seed, stir or 0]))
+        d.qpos[self._qadr] = q
+        if self._holds_object and object_qpos is not None:
+            d.qpos[-7:] = object_qpos
+        self._tau, self._external = np.zeros(H.N), np.zeros(H.N)
+        self.target = np.array(q if target is None else target, float)
+        self._goal = self.target
+        mujoco.mj_forward(m, d)
+        self._reading = self._measure()
+        if self._holds_object:
+            self._close_fingers()
+        elif self.load == "balls":                           # let them settle around the fingers
+            for _ in range(CONTROL_HZ):
+                self._write(self.target)
+
+    def begin(self, trial):
+        """Start a `Trial` with its object."""
+        q, object_qpos = trial.grasp[:H.N], trial.grasp[H.N:H.N + 7]
+        self.place(q, trial.grasp[H.N + 7:], object_qpos, trial.mass, trial.friction)
+
+    def push(self, velocity):
+        """Change the velocity of the object by (3,) m/s, as something that bumps into it."""
+        self._data.qvel[-6:-3] += velocity
+
+    def _set_contacts(self, mass, friction):
+        m = self._model
+        held = m.geom_bodyid == m.body("object").id
+        centre = self._ipos + ("object" in self.differs) * self._centre
+        set_object(m, self._data, mass, friction, centre)
+        if "contact" in self.differs:
+            tips = np.array([m.geom(g).name.endswith("_tip") for g in range(m.ngeom)])
+            links = ~held & ~tips
+            m.geom_priority[held], m.geom_priority[~held] = 0, 1
+            m.geom_condim[tips], m.geom_condim[links] = 4, 3
+            m.geom_friction[tips, 0] = friction * self._rubber
+            m.geom_friction[tips, 1] = friction * self._rubber * self._patch
+            m.geom_friction[links, 0] = friction * self._plastic
+            m.geom_solref[~held] = self._softness, self._bounce
+
+    def _close_fingers(self):
+        m, d = self._model, self._data
+        m.opt.gravity[:], m.dof_damping[-6:] = 0, (5, 5, 5, 0.01, 0.01, 0.01)
+        for _ in range(CONTROL_HZ // 2):
+            self._write(self.target)
+        m.opt.gravity[:], m.dof_damping[-6:] = self._gravity, 0
+        d.qvel[-6:] = 0
+
+    # ---- one control step
+    def _write(self, target):
+        for step in range(self.SUBSTEPS):
+            self._receive(target, step)
+            if "motor" in self.differs:
+                self._drive_motors()
+                self._set_friction()
+            else:
+                self._data.ctrl[:] = self._goal
+            mujoco.mj_step(self._model, self._data)
+            if "motor" in self.differs:
+                self._feel_load()
+            self._measure_late(step)
+
+    def _receive(self, target, step):
+        """Commands are late."""
+        if step == round(self._command_delay / self._model.opt.timestep):
+            self._goal = target
+
+    def _drive_motors(self):
+        """Torque from the error in encoder counts."""
+        w = self._data.qvel[self._vadr]
+        duty = np.clip(self._gain * H.DUTY_PER_RAD * (self._goal - self._encoder()), -1, 1)
+        current = (duty * self._volt - self._kt * w) / self._R
+        self._tau = self._kt * np.clip(current, -self._limit, self._limit)
+        self._data.qfrc_applied[self._vadr] = self._tau
+
+    def _set_friction(self):
+        """The most that gears rub at this speed under this load."""
+        speed = np.abs(self._data.qvel[self._vadr])
+        strain = np.abs(self._external - self._tau)
+        self._model.dof_frictionloss[self._vadr] = (
+            self._base + self._load * strain
+            + np.exp(-(speed / 2.558) ** 0.76) * (self._stribeck + self._load_s * strain))
+
+    def _feel_load(self):
+        """What bears on the gears from outside: contacts and limits (the forces of all constraints
+        without those of friction) and gravity."""
+        m, d = self._model, self._data
+        friction = np.zeros(m.nv)
+        rows = np.flatnonzero(
+            d.efc_type[:d.nefc] == mujoco.mjtConstraint.mjCNSTR_FRICTION_DOF)
+        friction[d.efc_id[rows]] = d.efc_force[rows]
+        self._external = (d.qfrc_constraint - friction - d.qfrc_bias)[self._vadr]
+
+    def _measure_late(self, step):
+        """Readings are of a moment ago."""
+        if step + 1 == self.SUBSTEPS - round(self._read_delay / self._model.opt.timestep):
+            self._reading = self._measure()
+
+    def _encoder(self):
+        q = self._data.qpos[self._qadr] + self._zero
+        return np.round(q / H.COUNT) * H.COUNT if "motor" in self.differs else q
+
+    def _measure(self):
+        d = self._data
+        dq, current = d.qvel[self._vadr], self._tau / self._kt
+        if "motor" not in self.differs:
+            current = d.qfrc_actuator[self._vadr] / self._kt
+        return H.Reading(self._encoder(), np.round(dq / H.RPM) * H.RPM, np.round(current, 3),
+                         float(d.time))
+
+    def read(self):
+        return self._reading
+
+    # ---- what an observer sees, and not the hand
+    def model(self):
+        """The MjModel, to draw it."""
+        return self._model
+
+    def qpos(self):
+        """The whole configuration, to draw it."""
+        return self._data.qpos.copy()
+
+    def object_qpos(self):
+        """Position (m) and quaternion of the object, (7,)."""
+        return self._data.qpos[-7:].copy()
+
+
+def _made_differently(rng):
+    """The links as somebody made them: published boxes and ellipsoid tips, each a little off."""
+    links = []
+    for link in H.LINKS:
+        shapes = []
+        for k, (centre, half, *quat) in enumerate(link.boxes):
+            is_tip = link.name in H.TIPS and k == len(link.boxes) - 1
+            half = np.array(half) + rng.uniform(-0.0005, 0.0005, 3)      # +-1 mm in width
+            kind = "ellipsoid" if is_tip else "box"
+            shapes.append((kind, centre, tuple(np.maximum(half, 0.001)), *quat))
+        pos, quat = np.array(link.pos, float), np.array(link.quat, float)
+        if link.joint:
+            pos = pos + rng.uniform(-0.0005, 0.0005, 3)
+            quat = multiply(quat, tilted((1, 0, 0, 0), rng, np.radians(1)))
+        links.append(link._replace(pos=tuple(pos), quat=tuple(quat), shapes=tuple(shapes)))
+    return tuple(links)
+
+
+# ----------------------------------------------------------------------------- choosing a hand
+def resolve_port(port):
+    """"auto" becomes the port of the attached hand or, with a line that says so, "sim:0"; "sim"
+    becomes "sim:0". Raises `Problem` on a virtual hand that cannot be."""
+    if port == "auto":
+        port = H.find_port()
+        if port is None:
+            print("no hand is attached: using the virtual hand sim:0", file=sys.stderr)
+    port = "sim:0" if port in (None, "sim") else port
+    if port.startswith("sim:"):
+        _parse_virtual(port)
+    return port
+
+
+def _parse_virtual(port):
+    """"sim:7" -> (7, DIFFERS); "sim:7:motor+shape" -> (7, ("motor", "shape"))."""
+    _, seed, *differs = port.split(":")
+    differs = tuple(differs[0].split("+")) if differs else DIFFERS
+    if not seed.isdigit():
+        raise H.Problem(f"--port {port}: the seed of a virtual hand is a whole number, as in sim:7")
+    if not set(differs) <= set(DIFFERS):
+        raise H.Problem(f"--port {port}: a virtual hand differs in {', '.join(DIFFERS)}, "
+                        "as in sim:7:motor+shape")
+    return int(seed), differs
+
+
+def open_hand(port="auto", **virtual):
+    """The hand at `port`: "auto", "sim", "sim:SEED", "sim:SEED:motor+shape" (which differs only in
+    these) or a serial device. `virtual` (wrist, load) only shapes a virtual hand.
+
+    Raises `Problem` if the port is absent or answers wrongly."""
+    port = resolve_port(port)
+    if port.startswith("sim:"):
+        seed, differs = _parse_virtual(port)
+        return VirtualHand(seed, differs=differs, **virtual)
+    return H.DynamixelHand(port)
+
+
+# --------------------------------------------------------------------- films, files, progress
+CAMERA = {"lookat": (-0.01, 0.035, 0.10), "distance": 0.38, "azimuth": 150, "elevation": -25}
 
 
 def film(model, qpos, path, wrist="palm_up", every=2, size=(320, 320)):
-    """Write a GIF of the configurations `qpos`, a list of (nq,), at half the control rate. The camera holds still in the
-    room, so palm down hangs from above. Without a renderer (MUJOCO_GL=egl needs libegl1) one line says so, nothing fails."""
+    """Write a GIF of the configurations `qpos`, a list of (nq,), at half the control rate. The
+    camera holds still in the room, so palm down hangs from above. Without a renderer one line says
+    so and nothing fails."""
     from PIL import Image
     try:
         renderer = mujoco.Renderer(model, *size)
     except Exception as error:
-        print(f"no film: MuJoCo cannot render here ({str(error)[:80]}); install libegl1 and set MUJOCO_GL=egl", file=sys.stderr)
+        print(f"no film: MuJoCo cannot render here ({str(error)[:80]}); on Linux install libegl1",
+              file=sys.stderr)
         return
     camera = mujoco.MjvCamera()
-    camera.lookat[:], camera.distance, camera.azimuth, camera.elevation = (-0.01, 0.035, 0.10), 0.38, 150, -25
-    if wrist == "palm_down":
-        camera.elevation = 25
+    camera.lookat[:], camera.distance = CAMERA["lookat"], CAMERA["distance"]
+    camera.azimuth, camera.elevation = CAMERA["azimuth"], CAMERA["elevation"]
+    hangs = wrist == "palm_down"
+    if hangs:
+        camera.elevation *= -1
     data, frames = mujoco.MjData(model), []
     for q in qpos[::every]:
         data.qpos[:] = q
@@ -409,81 +1134,49 @@ def film(model, qpos, path, wrist="palm_up", every=2, size=(320, 320)):
         mujoco.mj_camlight(model, data)
         renderer.update_scene(data, camera)
         image = renderer.render()
-        frames.append(Image.fromarray(image[::-1, ::-1] if wrist == "palm_down" else image).quantize(64))
-    with H.whole(path) as file:
-        frames[0].save(file, "GIF", save_all=True, append_images=frames[1:], duration=1000 * every // CONTROL_HZ, loop=0)
+        frames.append(Image.fromarray(image[::-1, ::-1] if hangs else image).quantize(64))
+    with H.atomic_file(path) as file:
+        frames[0].save(file, "GIF", save_all=True, append_images=frames[1:],
+                       duration=1000 * every // CONTROL_HZ, loop=0)
 
 
-# ------------------------------------------------------------------------------------------------------------ grasps
-def grasp_cache(obj, n=500, seed=0, progress=True):
-    """Stable grasps of an object, (n, 39) = qpos (16 joints, object pos, object quat) and joint targets (16).
-
-    Sampled around the canonical grasp (+-0.3 rad, object +-12 mm and any turn about z), held as a heavy and slippery object
-    (50 g, friction 0.7) for 0.5 s under gravity along -z and again along +z, kept if three fingertips or more bear on the
-    object, which stayed within 15 mm and came to rest. (With 30 g, friction 1 and no count of fingertips, half of the
-    grasps drop the object within 10 s when nothing moves, and training starts from hopeless states.) Made once, then read
-    from CACHE under a key of everything that it depends on."""
-    spec = build(obj, looks=False)
-    key = hashlib.sha256(json.dumps([spec.to_xml(), H.HAND, n, seed, 5]).encode()).hexdigest()[:16]
-    path = CACHE / f"grasps-{key}.npz"
-    if path.exists():
-        return load_npz(path, "grasps")["grasps"]
-    model = spec.compile()
-    set_object(model, 0.05, 0.7)
-    rng, found, tried = np.random.default_rng(seed), [], 0
-    datas = [mujoco.MjData(model) for _ in range(os.cpu_count())]
-    stages = [(wrist, round(seconds / model.opt.timestep)) for wrist in ("palm_up", "palm_down") for seconds in (0.1, 0.4)]
-    bar = Progress(f"grasps {obj.name}", n) if progress else None
-    with rollout.Rollout(nthread=len(datas)) as pool:
-        while len(found) < n:
-            if tried > 400 * n:
-                raise H.Problem(f"{obj.name}: only {len(found)} of {tried} grasps hold; the object does not fit the hand's canonical grasp")
-            batch = 512
-            tried += batch
-            target = np.clip(H.GRASP + rng.uniform(-0.3, 0.3, (batch, H.N)), H.LOW, H.HIGH)
-            state = np.zeros((batch, 1 + model.nq + model.nv))
-            state[:, 1:17] = target
-            state[:, 17:20] = CENTRE + rng.uniform(-0.012, 0.012, (batch, 3))
-            state[:, 20:24] = from_axis_angle([[0, 0, 1]] * batch, rng.uniform(-np.pi, np.pi, batch))
-            start = state[:, 17:20].copy()
-            for wrist, steps in stages:                      # most are lost in the first 0.1 s, and the others are stepped on
-                model.opt.gravity = 9.81 * gravity(WRISTS[wrist])[0]
-                states, sensors = pool.rollout(model, datas, state, target[:, None], nstep=steps)
-                state, touched = states[:, -1].copy(), (sensors[:, -1, 12:28:4] > 0).sum(1)
-                good = np.isfinite(state).all(1) & (np.linalg.norm(state[:, 17:20] - start, axis=1) < 0.015) & (touched >= 3)
-                state, start, target = state[good], start[good], target[good]
-                if not len(state):
-                    break
-            good = (np.abs(state[:, 24:]).max(1, initial=0) < 1.0) & (np.linalg.norm(state[:, -6:-3], axis=1) < 0.01)
-            found += [np.concatenate([s[1:24], t]) for s, t in zip(state[good], target[good])]
-            if bar:
-                bar(min(len(found), n), f"{100 * len(found) / tried:.0f} % hold")
-    grasps = np.array(found[:n])
-    save_npz(path, grasps=grasps)
-    return grasps
+def pyplot():
+    """matplotlib.pyplot that draws to files, without a screen."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot
+    return matplotlib.pyplot
 
 
-# --------------------------------------------------------------------------------------------------- files, progress
+def save_figure(figure, path):
+    with H.atomic_file(path) as file:
+        figure.savefig(file, dpi=90)
+    pyplot().close(figure)
+
+
 def save_npz(path, **arrays):
-    """Write arrays to `path`, whole or not at all. Raises `Problem` on a full disk."""
-    with H.whole(path) as file:
+    """Write arrays to `path`, all or nothing. Raises `Problem` on a full disk."""
+    with H.atomic_file(path) as file:
         np.savez_compressed(file, **arrays)
 
 
 def load_npz(path, *names):
-    """Read `names` from an .npz that `save_npz` wrote. Raises `Problem` if it is missing, broken or holds NaN."""
+    """Read `names` from an .npz that `save_npz` wrote. Raises `Problem` if it is missing, broken or
+    holds NaN."""
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in (names or file.files)}
     except FileNotFoundError:
         raise H.Problem(f"{path} is not there")
     except KeyError as error:
-        raise H.Problem(f"{path} has no {error.args[0]}; it was not written by this program or by another version of it")
+        raise H.Problem(f"{path} has no {error.args[0]}; it was not written by this program or by "
+                        "another version of it")
     except Exception as error:
         raise H.Problem(f"{path} cannot be read ({error}); delete it and make it again")
     for name, a in arrays.items():
         if a.dtype.kind == "f" and not np.isfinite(a).all():
-            raise H.Problem(f"{path}: {name} contains NaN or infinity; delete the file and collect it again")
+            raise H.Problem(f"{path}: {name} contains NaN or infinity; delete the file and collect "
+                            "it again")
     return arrays
 
 
@@ -491,18 +1184,21 @@ class Progress:
     """One live line: done/total, rate, time left, and whatever numbers the caller adds."""
 
     def __init__(self, title, total, unit=""):
-        self.title, self.total, self.unit, self.start, self.shown = title, total, unit, time.monotonic(), 0.0
-        self.first = None
+        self.title, self.total, self.unit = title, total, unit
+        self.start, self.shown, self.first = time.monotonic(), 0.0, None
 
     def __call__(self, done, text=""):
-        now = time.monotonic()
-        if self.first is None:                               # what an earlier run had already done is not this run's rate
+        now, live = time.monotonic(), sys.stderr.isatty()
+        if self.first is None:               # what an earlier run had done is not this run's rate
             self.first = done
-        live = sys.stderr.isatty()
         if done < self.total and now - self.shown < (0.2 if live else 30):
             return
         self.shown = now
-        rate = (done - self.first) / max(now - self.start, 1e-9)
-        left = (self.total - done) / rate if rate > 0 else 0
-        line = f"{self.title}: {done:,.0f}/{self.total:,.0f}{self.unit} {rate:,.1f}/s, {left // 60:.0f}:{left % 60:02.0f} left  {text}"
-        print(f"\r{line}\x1b[K" if live else line, end="\n" if not live or done >= self.total else "", file=sys.stderr, flush=True)
+        line = f"{self.title}: {done:,.0f}/{self.total:,.0f}{self.unit}"
+        if done > self.first:
+            rate = (done - self.first) / max(now - self.start, 1e-9)
+            left = (self.total - done) / rate
+            line += f" {rate:,.1f}/s, {left // 60:.0f}:{left % 60:02.0f} left"
+        line = f"{line}  {text}"
+        end = "\n" if not live or done >= self.total else ""
+        print(f"\r{line}\x1b[K" if live else line, end=end, file=sys.stderr, flush=True)

@@ -242,9 +242,29 @@ def digest(path):
 
 
 @torch.no_grad()
-def targets(policy, env):
-    """a_t = a_{t-1} + alpha delta_t for every environment of `env`."""
-    return env.target + ALPHA * policy(torch.from_numpy(env.observe())).clamp(-1, 1).numpy()
+def act(policy, env):
+    """The policy's next targets (n, N) for every environment of `env`."""
+    return sim.next_target(env.target, policy(env.observe()).numpy())
+
+
+def simulate(policy, content, wrists, episodes, seed, title="simulate the policy"):
+    """The policy in the training simulator: every one of `episodes` that held its object to the
+    end, as float32 tensors: q (n, 400, N) measured positions, a (n, 400, N) targets sent, `first`
+    (n, N) the target before the first of them, wrist (n, 4), axis (n, 3)."""
+    objects = sim.objects_of("+".join(content["families"]))
+    env = sim.Rotation(episodes, objects, wrists, content["axes"], seed=seed)
+    q, a, begin = [], [], {}
+
+    def watched(env):
+        if not begin:
+            begin.update(first=env.target.copy(), wrist=env.wrist.copy(), axis=env.axis.copy())
+        q.append(env.measured.copy())
+        a.append(act(policy, env))
+        return a[-1]
+
+    held = sim.run_episodes(env, watched, title=title)["TTF"] >= EPISODE / sim.CONTROL_HZ
+    rows = dict(q=np.swapaxes(q, 0, 1), a=np.swapaxes(a, 0, 1), **begin)
+    return {name: torch.tensor(x[held], dtype=torch.float32) for name, x in rows.items()}
 
 
 # --------------------------------------------------------------------------------------------------------------- PPO
