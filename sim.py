@@ -698,6 +698,32 @@ class Rotation:
             self.measured += self.rng.uniform(-self.noise, self.noise, (self.n, H.N))
         self.history = push_history(self.history, self.measured, self.target)
 
+    # what `reset` changes in the model of an environment, beside the direction of gravity
+    CHANGED = ("body_mass", "body_inertia", "body_ipos", "geom_friction", "geom_solref",
+               "actuator_gainprm", "actuator_biasprm", "dof_frictionloss")
+
+    def snapshot(self):
+        """Everything that `restore` needs to go on exactly from here, as tensors and text."""
+        arrays = {name: torch.as_tensor(value).clone() for name, value in vars(self).items()
+                  if isinstance(value, (np.ndarray, torch.Tensor)) and name[0] != "_"}
+        models = {field: torch.as_tensor(np.stack([getattr(m, field) for m in self.models]))
+                  for field in self.CHANGED}
+        models["gravity"] = torch.as_tensor(np.stack([m.opt.gravity for m in self.models]))
+        return {"arrays": arrays, "models": models, "blowups": self.blowups,
+                "rng": json.dumps(self.rng.bit_generator.state)}
+
+    def restore(self, saved):
+        """Go on from a `snapshot` of an environment that was made with the same arguments."""
+        for name, value in saved["arrays"].items():
+            getattr(self, name)[:] = value if name == "history" else value.numpy()
+        for i, model in enumerate(self.models):
+            for field in self.CHANGED:
+                getattr(model, field)[:] = saved["models"][field][i].numpy()
+            model.opt.gravity = saved["models"]["gravity"][i].numpy()
+            mujoco.mj_setConst(model, self.datas[0])
+        self.blowups = saved["blowups"]
+        self.rng.bit_generator.state = json.loads(saved["rng"])
+
     def observe(self):
         """The deployable observation, see `observation`: float32 tensor (n, OBSERVED)."""
         return observation(self.history, self.wrist, self.axis)
@@ -740,9 +766,10 @@ class Referee:
                 "RotP": self.RotP / np.maximum(self.held, 1)}
 
 
-def run_episodes(env, act, record=None, title=None, trials=None):
+def run_episodes(env, act, record=None, title=None, trials=None, restarted=None):
     """Let `act(env) -> targets (n, N)` drive every environment of `env` for one 20 s episode, of
-    `trials` if given. Returns the dict of `Referee`; `record(env)` is called after every step."""
+    `trials` if given. Returns the dict of `Referee`. `record(env)` is called after every step, and
+    `restarted(env, ids)` after the environments `ids`, whose objects fell, have been reset."""
     env.begin(trials) if trials else env.reset(np.arange(env.n))
     referee = Referee(env.axis, env.pos, env.quat)
     bar = Progress(title, EPISODE) if title else None
@@ -751,7 +778,10 @@ def run_episodes(env, act, record=None, title=None, trials=None):
         alive = referee(env.pos, env.quat, lost=env.fallen)
         if record:
             record(env)
-        env.reset(np.flatnonzero(env.fallen))
+        ids = np.flatnonzero(env.fallen)
+        env.reset(ids)
+        if restarted:
+            restarted(env, ids)
         if bar:
             turned = referee.RotR.mean() / CONTROL_HZ
             bar(t + 1, f"{turned:.2f} rad, {100 * alive.mean():.0f} % held")
