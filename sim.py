@@ -410,7 +410,7 @@ def film(model, qpos, path, wrist="palm_up", every=2, size=(320, 320)):
         renderer.update_scene(data, camera)
         image = renderer.render()
         frames.append(Image.fromarray(image[::-1, ::-1] if wrist == "palm_down" else image).quantize(64))
-    with H.whole(path) as file:
+    with H.atomic_file(path) as file:
         frames[0].save(file, "GIF", save_all=True, append_images=frames[1:], duration=1000 * every // CONTROL_HZ, loop=0)
 
 
@@ -466,7 +466,7 @@ def grasp_cache(obj, n=500, seed=0, progress=True):
 # --------------------------------------------------------------------------------------------------- files, progress
 def save_npz(path, **arrays):
     """Write arrays to `path`, whole or not at all. Raises `Problem` on a full disk."""
-    with H.whole(path) as file:
+    with H.atomic_file(path) as file:
         np.savez_compressed(file, **arrays)
 
 
@@ -506,3 +506,135 @@ class Progress:
         left = (self.total - done) / rate if rate > 0 else 0
         line = f"{self.title}: {done:,.0f}/{self.total:,.0f}{self.unit} {rate:,.1f}/s, {left // 60:.0f}:{left % 60:02.0f} left  {text}"
         print(f"\r{line}\x1b[K" if live else line, end="\n" if not live or done >= self.total else "", file=sys.stderr, flush=True)
+
+
+# ---------------------------------------------------------------------------------------------- a virtual hand
+class VirtualHand(H.Hand):
+    """The same hand in MuJoCo with motors as they are, not as the training simulator believes them to be.
+
+    A seed draws the hidden parameters of every joint; nothing that trains may read them. Motor and friction model M4 of
+    "Better Actuator Models" (arXiv 2410.08650), from `error` in rad to torque in N m:
+
+        duty = clip(gain * H.DUTY_PER_RAD * error, -1, 1)      current = clip((duty V - kt w) / R, -limit, limit)
+        |friction| <= base + load |tau_ext - tau| + exp(-|w / w_s|^0.76) (stribeck + load_s |tau_ext - tau|) + viscous |w|
+
+    with play between motor and link, an encoder of 4096 counts with a zero that is off, and late commands and readings.
+    load: "none", "balls" (the Chaos Box) or an `Object` to hold. Time is simulated: every `command` lets 50 ms pass.
+    """
+    realtime = False
+
+    def __init__(self, seed=0, wrist="palm_up", load="none", substeps=12):
+        super().__init__()
+        self._mj, self.load, self.seed = mujoco, load, seed
+        rng = np.random.default_rng([seed, 2510])
+        draw = lambda low, high: rng.uniform(low, high, H.N)
+        self._gain, self._volt = draw(0.85, 1.0), rng.uniform(4.6, 4.9)        # cables and load pull a 5 V supply down
+        self._kt, self._R = H.KT * draw(0.95, 1.05), H.RESISTANCE * draw(0.97, 1.08)
+        self._limit = H.CURRENT_LIMIT[1200] * draw(0.9, 1.0)
+        self._base, self._stribeck = 0.0088 * draw(0.7, 1.3), 0.0047 * draw(0.7, 1.3)    # around the identified motor
+        self._load, self._load_s = 0.068 * draw(0.7, 1.3), 0.0738 * draw(0.7, 1.3)
+        self._zero = np.radians(draw(-0.6, 0.6))             # what a careful calibration leaves
+        self._backlash = np.radians(draw(0.25, 0.5))
+        self._command_delay, self._read_delay = rng.uniform(0.004, 0.012), rng.uniform(0.003, 0.008)
+        self._rubber, contact_time = rng.uniform(0.85, 1.05), rng.uniform(0.012, 0.018)
+        viscous, armature = 0.0046 * draw(0.7, 1.3), H.ARMATURE * draw(0.95, 1.1)
+
+        spec = build(load if isinstance(load, tuple) else None, box_of_balls=load == "balls", wrist=WRISTS[wrist],
+                         timestep=1 / (CONTROL_HZ * substeps), damping=viscous, armature=armature, backlash=self._backlash)
+        self._model, self.substeps = spec.compile(), substeps
+        # MuJoCo's constraints are soft by default: stiction crept at 10 mrad/s, and a fingertip leant 2 degrees into the stops of its play
+        self._model.dof_solimp[:, :2] = self._model.jnt_solimp[:, :2] = 0.999
+        if isinstance(load, tuple):
+            self._model.geom_solref[self._model.geom_bodyid == self._model.body("object").id, 0] = contact_time
+        self._data = mujoco.MjData(self._model)
+        joints = [self._model.joint(j.name) for j in H.JOINTS]
+        self._qadr, self._vadr = np.array([j.qposadr[0] for j in joints]), np.array([j.dofadr[0] for j in joints])
+        self.place(H.GRASP)
+
+    def place(self, q, target=None, object_qpos=None, mass=0.03, friction=1.0, stir=None):
+        """Start over with joints at q (16,) rad and the object, if any, in the fingers (position m, quaternion).
+        `stir` is a seed that throws the balls of the Chaos Box about."""
+        d = self._data
+        self._mj.mj_resetData(self._model, d)
+        d.qpos[self._qadr] = q
+        if object_qpos is not None:
+            set_object(self._model, mass, friction * self._rubber)
+            d.qpos[-7:] = object_qpos
+        if self.load == "balls":
+            balls = len(self._model.qpos0) - 2 * H.N
+            d.qpos[-balls:] = np.random.default_rng([self.seed, stir or 0]).uniform(-0.02, 0.02, balls)
+        self._tau, self._external = np.zeros(H.N), np.zeros(H.N)
+        self.target = np.array(q if target is None else target, float)
+        self._goal = self.target
+        self._mj.mj_forward(self._model, d)
+        self._reading = self._measure()
+        if self.load == "balls":                             # let them settle around the fingers
+            for _ in range(CONTROL_HZ):
+                self._write(self.target)
+
+    def _measure(self):
+        d, count = self._data, 2 * np.pi / 4096
+        return H.Reading(np.round((d.qpos[self._qadr] + self._zero) / count) * count, np.round(d.qvel[self._vadr] / 0.024) * 0.024,
+                       np.round(self._tau / self._kt, 3), float(d.time))
+
+    def _write(self, target):
+        m, d, v = self._model, self._data, self._vadr
+        count, dt = 2 * np.pi / 4096, m.opt.timestep
+        late, read_at = round(self._command_delay / dt), self.substeps - round(self._read_delay / dt)
+        for i in range(self.substeps):
+            if i == late:
+                self._goal = target
+            w = d.qvel[v]
+            error = self._goal - np.round((d.qpos[self._qadr] + self._zero) / count) * count
+            duty = np.clip(self._gain * H.DUTY_PER_RAD * error, -1, 1)
+            self._tau = self._kt * np.clip((duty * self._volt - self._kt * w) / self._R, -self._limit, self._limit)
+            strain = np.abs(self._external - self._tau)
+            m.dof_frictionloss[v] = (self._base + self._load * strain
+                                     + np.exp(-np.abs(w / 2.558) ** 0.76) * (self._stribeck + self._load_s * strain))
+            d.qfrc_applied[v] = self._tau
+            self._mj.mj_step(m, d)
+            # what bears on the gears from outside: contacts and limits (constraint forces without friction) and gravity
+            friction = np.zeros(m.nv)
+            rows = np.flatnonzero(d.efc_type[:d.nefc] == self._mj.mjtConstraint.mjCNSTR_FRICTION_DOF)
+            friction[d.efc_id[rows]] = d.efc_force[rows]
+            self._external = (d.qfrc_constraint - friction - d.qfrc_bias)[v]
+            if i + 1 == read_at:
+                self._reading = self._measure()
+
+    def read(self):
+        return self._reading
+
+    def model(self):
+        """The MjModel, to draw it."""
+        return self._model
+
+    def qpos(self):
+        """The whole configuration, to draw it."""
+        return self._data.qpos.copy()
+
+    def object_qpos(self):
+        """Position (m) and quaternion of the object, (7,): what an observer sees, not what the hand knows."""
+        return self._data.qpos[-7:].copy()
+
+
+# ---------------------------------------------------------------------------------------------- choosing a hand
+def resolve_port(port):
+    """"auto" becomes the port of the attached hand or, with a line that says so, "sim:0"; "sim" becomes "sim:0"."""
+    if port == "auto":
+        port = H.find_port()
+        if port is None:
+            print("no hand is attached: using the virtual hand sim:0", file=sys.stderr)
+    port = "sim:0" if port in (None, "sim") else port
+    if port.startswith("sim:") and not port[4:].isdigit():
+        raise H.Problem(f"--port {port}: the seed of a virtual hand is a whole number, as in sim:7")
+    return port
+
+
+def open_hand(port="auto", **virtual):
+    """The hand at `port`: "auto", "sim", "sim:SEED" or a serial device. `virtual` (wrist, load) only shapes a virtual hand.
+
+    Raises `H.Problem` if the port is absent or answers wrongly."""
+    port = resolve_port(port)
+    if port.startswith("sim:"):
+        return VirtualHand(int(port[4:]), **virtual)
+    return H.DynamixelHand(port)

@@ -200,7 +200,7 @@ class Generalist(nn.Module):
 # ------------------------------------------------------------------------------------------------------------- files
 def save_checkpoint(path, kind, **content):
     """torch.save, whole or not at all. `kind`, the hand and its joints are written into every file."""
-    with H.whole(path) as file:
+    with H.atomic_file(path) as file:
         torch.save({"kind": kind, "hand": H.HAND, "joints": [j.name for j in H.JOINTS], **content}, file)
 
 
@@ -485,7 +485,7 @@ def draw_curve(path, curve, args):
                 axis.set_xlabel("million control steps")
                 axis.set_title(label, fontsize=10)
     axes[0].legend(fontsize=8)
-    with H.whole(path) as file:
+    with H.atomic_file(path) as file:
         figure.savefig(file, dpi=90)
     plt.close(figure)
 
@@ -503,7 +503,7 @@ def evaluate(policy, args, episodes=256):
               f"{100 * (r['TTF'] >= 20).mean():.0f} % last 20 s, RotP {r['RotP'].mean():.2f} rad/s, {episodes} episodes, {env.blowups} lost to NaN")
         best = int(np.argmax(np.where(r["TTF"] >= 20, r["RotR"], -np.inf)))
         sim.film(env.models[best], [f[best, :env.models[best].nq] for f in frames], args.out / f"policy-{wrist}.gif", wrist)
-    with H.whole(args.out / "results.json", "w") as file:
+    with H.atomic_file(args.out / "results.json", "w") as file:
         file.write(json.dumps(results, indent=1) + "\n")
     return results
 
