@@ -432,7 +432,8 @@ class DynamixelHand(Hand):
         except ImportError as error:
             raise Problem(f"a real hand needs Linux or macOS, and dynamixel-sdk ({error}); "
                           "the virtual hand needs neither: --port sim:0")
-        self.name, self.packet = port, Protocol2PacketHandler()
+        self.packet = Protocol2PacketHandler()
+        self.name = port if port == "auto" else stable_name(port)
         self.gone = OSError, termios.error       # what a port raises when it is unplugged
         self.next_health, self.hot = 0.0, REST_ABOVE
         self.offset = load_calibration(calibration)
@@ -455,7 +456,7 @@ class DynamixelHand(Hand):
         """Open the port for this process alone, at BAUD."""
         from dynamixel_sdk import PortHandler
         self._close_port()
-        self.path = find_port() if self.name == "auto" else stable_name(self.name)
+        self.path = find_port() if self.name == "auto" else self.name
         if self.path is None:
             raise Problem("no U2D2 found: plug it in, or name the device with --port")
         patience = time.monotonic() + 1.0        # a killed run's guardian holds it for a moment
@@ -483,9 +484,10 @@ class DynamixelHand(Hand):
                 port.ser.close()
 
     def _sdk(self, call, *args):
-        """One call of the SDK. A port that is gone becomes a BusError."""
+        """One call of the SDK, after a sign of life. A port that is gone becomes a BusError."""
         if self.port is None:
             raise BusError(f"{self.name} is closed")
+        self._beat()
         try:
             return call(self.port, *args)
         except self.gone as error:
@@ -495,7 +497,7 @@ class DynamixelHand(Hand):
                 self.port.is_using = False       # the SDK's busy flag stays behind after errors
 
     def _beat(self):
-        """A sign of life for the guardian, with every packet: a loop that hangs sends none."""
+        """Tell the guardian that we live; a loop that hangs does not."""
         try:
             if self.guardian is not None:
                 os.write(self.guardian.stdin.fileno(), b".")
@@ -508,7 +510,6 @@ class DynamixelHand(Hand):
         param = []
         for i, value in zip(MOTOR_ID, np.broadcast_to(values, N)):
             param += [i, *(int(value) % (1 << 8 * size)).to_bytes(size, "little")]
-        self._beat()
         self._sdk(self.packet.syncWriteTxOnly, address, size, param, len(param))
 
     def _ask(self, address, size):
@@ -519,7 +520,6 @@ class DynamixelHand(Hand):
         answers, alert = {}, False
         for attempt in range(TRIES):
             missing = [i for i in MOTOR_ID if i not in answers]
-            self._beat()
             self._sdk(self.packet.syncReadTx, address, size, missing, len(missing), False)
             wire = len(missing) * ((size + 11) * 10 / BAUD + 5e-4)       # factory return delay
             self.port.setPacketTimeoutMillis(1e3 * (ANSWER * 1.5 ** attempt + wire))
@@ -567,7 +567,6 @@ class DynamixelHand(Hand):
         """Model number, 0 for garbled answers, None for none."""
         garbled = False
         for _ in range(tries):
-            self._beat()
             model, result, error = self._sdk(self.packet.ping, i)
             if result == 0 and not error & 0x7F:             # else it answers a broken packet
                 return model
@@ -613,10 +612,8 @@ class DynamixelHand(Hand):
             self._set(64, 1, 0, "torque")
 
     def close(self):
-        try:
-            self._let_go()
-        finally:
-            self._close_port()
+        self._let_go()
+        self._close_port()
 
     def reconnect(self, patience=600):
         """After a BusError: find the adapter, reboot motors in error, wait until they are cool.
@@ -675,7 +672,7 @@ class DynamixelHand(Hand):
         models = [self._ping(i) for i in MOTOR_ID]
         silent = motors_where(m is None for m in models)
         garbled = motors_where(m == 0 for m in models)
-        unknown = motors_where(m not in MODELS for m in models)
+        unknown = motors_where(m not in (*MODELS, 0, None) for m in models)
         answers = lambda i: self._sdk(self.packet.ping, i)[1] == 0
         if garbled:
             raise Problem(f"{motors(garbled)}: garbled answers, as when two motors share an id: "
@@ -738,8 +735,9 @@ class DynamixelHand(Hand):
         Returns the ranges as text. Lets go and raises when a motor is not well; reconnect() mends
         what can be mended."""
         self.next_health = time.monotonic() + 1.0
-        status, power = self._ask(64, 7), self._ask(144, 3)
-        limp, flags, degrees = status[:, 0] == 0, status[:, 6], power[:, 2]
+        status, power = self._ask(64, 35), self._ask(144, 3)
+        flags, degrees = status[:, 6], power[:, 2]
+        limp = (status[:, 0] == 0) | (status[:, 34] == 255)  # torque off, or watchdog tripped
         volts = 0.1 * _integers(power, 0, 2)
         if flags.any():
             names = _error_names(flags)
@@ -750,7 +748,7 @@ class DynamixelHand(Hand):
             self._fail("rest", f"{who} is at {degrees.max()} C: resting until below {REST_UNTIL} C")
         if self.guardian is not None and limp.any():
             self._fail("torque", f"{motors(motors_where(limp))} lost torque without an error, "
-                                 "as after an interruption of the supply: check its plugs")
+                                 "as after an interruption of supply or data: check its plugs")
         text = f"{volts.min():.1f}-{volts.max():.1f} V"
         if volts.min() < VOLTAGE[0] or volts.max() > VOLTAGE[1]:
             self._fail("input voltage", f"supply at the motors is {text}, must be "

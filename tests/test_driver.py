@@ -133,6 +133,7 @@ def test_a_mirrored_motor_with_an_offset_is_read_driven_and_limited(mirrored, tm
         for end in (H.HIGH, H.LOW):                      # as far as it goes, and no further
             hand.move_to(end)
             assert np.abs(hand.target - end).max() < 1e-9
+        hand.read()                                      # by now the motors have heard
         assert mirrored.stats["goals_outside_limits"] == 0
         goal = mirrored.motors[2].angle_at(mirrored.motors[2]["goal_position"])
         assert abs(goal - H.LOW[j]) <= H.COUNT
@@ -515,6 +516,17 @@ def test_a_motor_that_lost_its_power_is_noticed(bus, hand):
     assert bus.motors[6]["position_p_gain"] == 800
 
 
+def test_a_motor_whose_watchdog_tripped_is_noticed(bus, hand):
+    """It reports torque on, and refuses every goal."""
+    hold(hand, np.zeros(16), 3)
+    bus.motors[6]["bus_watchdog"], bus.motors[6].tripped = 255, True
+    with pytest.raises(H.BusError, match=r"motor 6 \(mf_pip\) lost torque"):
+        hold(hand, np.zeros(16), 60)
+    hand.reconnect()
+    hold(hand, np.zeros(16), 3)
+    assert bus.motors[6].driving
+
+
 def test_a_hot_motor_rests_until_it_is_cool(bus, hand):
     hold(hand, np.zeros(16), 3)
     bus.motors[3].temperature = 66.0
@@ -787,6 +799,24 @@ def test_two_adapters_and_a_stable_name(monkeypatch, tmp_path):
     assert H.find_port().endswith("by-id/usb-FTDI_one")
     del ports[0]
     assert H.find_port() is None
+
+
+def test_plugged_in_again_under_another_name(bus, monkeypatch, tmp_path):
+    """ttyUSB0 came back as ttyUSB1; /dev/serial/by-id still knows it."""
+    (tmp_path / "usb-FTDI").symlink_to(bus.path)
+    monkeypatch.setattr(H, "BY_ID", str(tmp_path))
+    first = os.path.realpath(bus.path)
+    with DynamixelHand(first, NO_FILE) as hand:
+        bus.unplug()
+        with pytest.raises(H.BusError, match="is gone"):
+            hand.read()
+        other = os.openpty()                             # somebody else takes the old name
+        bus.plug()
+        assert os.path.realpath(bus.path) != first
+        hand.reconnect(patience=5)
+        hand.read()
+        for end in other:
+            os.close(end)
 
 
 def test_a_slow_latency_timer(bus, monkeypatch, tmp_path):
