@@ -375,8 +375,8 @@ def load_calibration(path=CALIBRATION):
     except FileNotFoundError:
         return np.zeros(N)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise Problem(f"broken calibration file {path} ({type(error).__name__}: {error}): "
-                      "delete it and run `python hand.py --check`")
+        raise Problem(f"broken calibration file ({type(error).__name__}: {error}) "
+                      f"{path}: delete it and run `python hand.py --check`")
 
 
 def guard(port, silence, off):
