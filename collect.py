@@ -61,15 +61,10 @@ def replay(hand, sequence, noise, film=None):
     """Drive the hand open loop through `sequence` + `noise` (400, 16) at 20 Hz; returns what it did as a dict of arrays.
     A list `film` is filled with the configurations of a virtual hand."""
     hand.move_to(sequence[0])
-    rows = []
-    for target in sequence + noise:
-        reading = hand.read()
-        rows.append((reading.q, reading.dq, hand.command(target), reading.current, reading.time))
-        hand.tick()
-        if film is not None:
-            film.append(hand.qpos())
-    return {name: np.array(column, np.float32 if name != "time" else float)
-            for name, column in zip(("q", "dq", "target", "current", "time"), zip(*rows))}
+    targets = iter(sequence + noise)
+    watch = None if film is None else lambda hand: film.append(hand.qpos())
+    return H.drive(hand, lambda q: next(targets), len(sequence), watch)
+
 
 
 def record(hand, index, sequence, args, facts):
@@ -91,7 +86,7 @@ _virtual = {}           # a worker process keeps its virtual hand
 
 def record_virtual(index, sequence, args, facts):
     if not _virtual:
-        _virtual["hand"] = H.open_hand(args.port, wrist=args.wrist, load=args.load)
+        _virtual["hand"] = sim.open_hand(args.port, wrist=args.wrist, load=args.load)
     _virtual["hand"].place(sequence[0], stir=index)      # every trajectory depends on its index alone, so a run can be resumed
     return index, record(_virtual["hand"], index, sequence, args, facts)
 
@@ -108,7 +103,7 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes, virtual hand only")
     args = parser.parse_args()
-    args.port = H.resolve_port(args.port)
+    args.port = sim.resolve_port(args.port)
     if not 0 < args.hours < 1e4 or args.workers < 1:
         raise H.Problem("--hours and --workers must be positive")
     virtual = args.port.startswith("sim")
@@ -156,7 +151,7 @@ def main():
                 for job in jobs:
                     note(*job.get())
         else:
-            with H.open_hand(args.port) as hand:
+            with sim.open_hand(args.port) as hand:
                 for i in todo:
                     while True:
                         seen = len(hand.events)

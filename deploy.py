@@ -62,15 +62,7 @@ class Controller:
 def episode(hand, controller, watch=None, steps=sim.EPISODE):
     """Run one episode; returns what was read and sent as a dict of arrays. `watch(hand)`, if given, is called after each
     step and ends the episode by returning True."""
-    rows = []
-    for _ in range(steps):
-        reading = hand.read()
-        rows.append((reading.q, reading.dq, hand.command(controller(reading.q)), reading.current, reading.time))
-        hand.tick()
-        if watch and watch(hand):
-            break
-    return {name: np.array(column, np.float32 if name != "time" else float)
-            for name, column in zip(("q", "dq", "target", "current", "time"), zip(*rows))}
+    return H.drive(hand, controller, steps, watch)
 
 
 def save_record(args, data, wrist, load, index):
@@ -116,7 +108,7 @@ def virtual_episode(job):
     axis = args.axis[rng.integers(len(args.axis))]
     grasps = sim.grasp_cache(obj, progress=False)
     g = grasps[rng.integers(len(grasps))]
-    hand = H.open_hand(args.port, wrist=wrist, load=obj)
+    hand = sim.open_hand(args.port, wrist=wrist, load=obj)
     hand.place(g[:16], g[23:], g[16:23], mass=rng.uniform(0.01, 0.05), friction=rng.uniform(0.5, 2.0))
     referee = Referee(hand, axis, [] if film else None)
     data = episode(hand, Controller(policy, residual, wrist, axis, g[23:]), referee)
@@ -222,7 +214,7 @@ def gap_table(files, picture):
         axis.set_xticks(range(len(reports)), [r["port"] for r in reports])
         axis.set_ylabel(label)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3, fontsize=9)
-    with H.whole(picture) as file:
+    with H.atomic_file(picture) as file:
         figure.savefig(file, dpi=90)
     print(f"bars in {picture}")
 
@@ -231,7 +223,7 @@ def on_a_real_hand(args):
     policy, _ = load_policy(args.policy)
     residual = None if args.base else load_residual(args.residual)[0]
     wrist, axis = args.wrist[0], args.axis[0]
-    with H.open_hand(args.port) as hand:
+    with sim.open_hand(args.port) as hand:
         for number in range(args.episodes):
             hand.move_to(H.GRASP)
             if sys.stdin.isatty():
@@ -264,7 +256,7 @@ def main():
     args = parser.parse_args(sim.arguments())
     if args.table:
         return gap_table(args.table, args.table[0].with_name("gap.png"))
-    args.port = H.resolve_port(args.port)
+    args.port = sim.resolve_port(args.port)
     if args.episodes < 1 or args.workers < 1:
         raise H.Problem("--episodes and --workers must be at least 1")
     if args.compare and (args.base or args.record):
@@ -299,7 +291,7 @@ def main():
                 print(f"{args.port} {wrist}: {s['RotR']['mean'] / HZ:.2f} rad (RotR {s['RotR']['mean']:.0f} +- {s['RotR']['sem']:.0f}), "
                       f"TTF {s['TTF']['mean']:.1f} s, RotP {s['RotP']['mean']:.2f} rad/s, {args.episodes} episodes")
     if args.json:
-        with H.whole(args.json, "w") as file:
+        with H.atomic_file(args.json, "w") as file:
             file.write(json.dumps(report, indent=1) + "\n")
 
 

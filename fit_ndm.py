@@ -342,7 +342,7 @@ def draw(out, models, table, q, a, residual, data):
     import matplotlib.pyplot as plt
 
     def save(figure, name):
-        with H.whole(out / name) as file:
+        with H.atomic_file(out / name) as file:
             figure.savefig(file, dpi=90)
 
     f = models["joint"]
@@ -447,7 +447,7 @@ def main():
     text = format_table(table)
     print(text)
     for name, lines in (("table.txt", text), ("table.json", json.dumps(table, indent=1))):
-        with H.whole(args.out / name, "w") as file:
+        with H.atomic_file(args.out / name, "w") as file:
             file.write(lines + "\n")
 
     residual = None

@@ -60,8 +60,10 @@ def stop_bus(process):
 
 def start_collect():
     log = open(folder / "collect.log", "a")
-    return subprocess.Popen([sys.executable, args.collect, "--port", link, "--hours", str(args.minutes / 60), "--out", shards,
-                             "--wrist", "palm_up"], stdout=log, stderr=log, cwd=ROOT)
+    # waves: which targets are replayed is the same to the bus, and needs no simulation first
+    command = [sys.executable, args.collect, "--port", link, "--out", shards, "--source", "waves",
+               "--wrist", "palm_up", "--hours", str(args.minutes / 60)]
+    return subprocess.Popen(command, stdout=log, stderr=log, cwd=ROOT)
 
 
 def tell(line):

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import serial.tools.list_ports
 import torch
 
-import emulated_bus
 import fit_ndm
 import hand as H
 import train_policy
@@ -102,13 +102,58 @@ def test_calibration_shifts_readings_and_goals_alike(bus, tmp_path):
         assert np.abs(np.array(bus.angles())[H.MOTOR_ID] - 0.3).max() < 0.06
 
 
-@pytest.mark.parametrize("fast", [True, False])
-def test_a_disturbed_bus_gives_true_readings_or_none(fast, monkeypatch):
+@pytest.fixture
+def mirrored(monkeypatch):
+    """A hand whose motor 2 was mounted the other way round, and a table that says so."""
+    signs = H.SIGN.copy()
+    signs[H.MOTOR_ID.index(2)] = -1
+    monkeypatch.setattr(H, "SIGN", signs)
+    with new_bus() as bus:
+        bus.sign(2, -1)
+        bus.zero_offset(2, 40)
+        yield bus
+
+
+def test_a_mirrored_motor_with_an_offset_is_read_driven_and_limited(mirrored, tmp_path):
+    j = H.MOTOR_ID.index(2)
+    offset = np.zeros(16)
+    offset[j] = 40 * H.COUNT                             # of the motor's angle
+    H.save_calibration(tmp_path / "c.json", offset)
+    with DynamixelHand(mirrored.path, tmp_path / "c.json") as hand:
+        pose(mirrored, H.GRASP)
+        assert np.abs(hand.read().q - H.GRASP).max() < H.COUNT
+        before, seen = hand.read().q[j], []
+        for _ in range(30):
+            reading = hand.read()
+            seen.append((reading.dq[j], reading.current[j]))
+            hand.command(H.HIGH)
+            time.sleep(0.02)
+        assert np.max(seen, 0)[0] > 0.5 and np.max(seen, 0)[1] > 0.05          # towards the palm
+        assert hand.read().q[j] - before > 0.5
+        for end in (H.HIGH, H.LOW):                      # as far as it goes, and no further
+            hand.move_to(end)
+            assert np.abs(hand.target - end).max() < 1e-9
+        hand.read()                                      # by now the motors have heard
+        assert mirrored.stats["goals_outside_limits"] == 0
+        goal = mirrored.motors[2].angle_at(mirrored.motors[2]["goal_position"])
+        assert abs(goal - H.LOW[j]) <= H.COUNT
+
+
+def test_check_finds_the_zero_of_a_mirrored_motor(mirrored, tmp_path):
+    file = tmp_path / "calibration.json"
+    arguments = ["--check", "--yes", "--port", mirrored.path, "--out", tmp_path,
+                 "--calibration", file]
+    assert H.check(list(map(str, arguments))) == 0
+    found = H.load_calibration(file)
+    assert abs(found[H.MOTOR_ID.index(2)] - 40 * H.COUNT) < np.deg2rad(0.5)
+    with DynamixelHand(mirrored.path, file) as hand:
+        true = np.array(mirrored.angles())[H.MOTOR_ID]
+        assert np.abs(hand.read().q - true).max() < np.deg2rad(0.5)
+
+
+def test_a_disturbed_bus_gives_true_readings_or_none():
     """Every reading must be of the pose that the fingers have now, never of the one before."""
-    if not fast:
-        monkeypatch.setattr(emulated_bus, "FAST_SYNC_READ", 999)         # firmware without it stays silent
     with new_bus(delay=0.05, seed=3) as bus, DynamixelHand(bus.path, NO_FILE) as hand:
-        assert hand.fast == fast
         for kind, p in (("drop", 0.01), ("corrupt", 0.01), ("duplicate", 0.02), ("delay", 0.005), ("drop_request", 0.02)):
             bus.rate(kind, p)
         good = lost = 0
@@ -165,6 +210,72 @@ def test_no_goal_leaves_the_limits_and_no_step_is_large(bus, hand):
     assert max(bus.stats["max_step"].values()) <= H.MAX_STEP / H.COUNT + 1
 
 
+@pytest.mark.parametrize("outside", [H.LOW - 0.15, H.HIGH + 0.15], ids=["below", "above"])
+def test_a_joint_outside_its_limits_comes_back_step_by_step(outside):
+    """Also when torque comes on, and whatever is commanded: further out is never an answer."""
+    with new_bus(stops=None) as bus, DynamixelHand(bus.path, NO_FILE) as hand:
+        pose(bus, outside)
+        last = hand.read().q
+        for target in (outside, outside + np.sign(outside) * 5, H.GRASP, outside, H.GRASP):
+            sent = hand.command(target)
+            assert np.abs(sent - last).max() <= H.MAX_STEP + 1e-9
+            beyond = np.maximum(H.LOW - sent, sent - H.HIGH).max()
+            assert beyond <= max(0, np.maximum(H.LOW - last, last - H.HIGH).max()) + 1e-9
+            hand.read()                                  # by now the motors have heard
+            goals = [bus.motors[i].angle_at(bus.motors[i]["goal_position"]) for i in H.MOTOR_ID]
+            assert np.abs(goals - sent).max() <= H.COUNT         # what the motors were told
+            last = sent
+        assert beyond <= 0
+        assert max(bus.stats["max_step"].values()) <= H.MAX_STEP / H.COUNT + 1
+        bus.reset_stats()
+        hold(hand, H.GRASP, 10)
+        assert bus.stats["goals_outside_limits"] == 0
+
+
+class Paper(H.Hand):
+    """A hand of no substance: it is where it was last told to be."""
+    realtime = False
+
+    def __init__(self, q):
+        super().__init__()
+        self.sent, self.target = [], np.array(q, float)
+
+    def read(self):
+        return H.Reading(self.target, np.zeros(16), np.zeros(16), 0.05 * len(self.sent))
+
+    def _write(self, target):
+        self.sent.append(target)
+
+
+def test_a_move_bends_the_fingers_back_and_crosses_none_while_they_close():
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        a, b = np.clip(H.GRASP + rng.uniform(-0.45, 0.45, (2, 16)), H.LOW, H.HIGH)
+        hand = Paper(a)
+        assert np.allclose(hand.move_to(b), b)
+        way = np.array([a, *hand.sent])
+        assert (way >= H.LOW).all() and (way <= H.HIGH).all()
+        assert np.abs(np.diff(way, axis=0)).max() <= H.MOVE_SPEED / H.CONTROL_HZ + 1e-9
+        moves = np.abs(np.diff(way, axis=0))[:, ~(H.SIDE | H.BASE)].max(1) > 1e-9
+        assert np.abs(way[1:][moves][:, H.SIDE]).max() < 1e-9      # fingers in parallel planes,
+        back = max(a[H.BASE].min(), b[H.BASE].min())
+        assert way[1:][moves][:, H.BASE].min() <= max(0, back - H.OPEN) + 1e-9       # bent back
+
+
+def test_drive_is_read_command_tick():
+    hand, seen = Paper(H.GRASP), []
+    ticks = []
+    hand.tick = lambda: ticks.append(len(hand.sent))
+    act = lambda q: (seen.append(q), q + 0.01)[1]
+    data = H.drive(hand, act, 7)
+    assert {name: (x.shape, x.dtype.str[1:]) for name, x in data.items()} == {
+        **{name: ((7, 16), "f4") for name in ("q", "dq", "target", "current")},
+        "time": ((7,), "f8")}
+    assert np.allclose(data["target"], np.array(seen) + 0.01) and np.allclose(data["q"], seen)
+    assert ticks == [1, 2, 3, 4, 5, 6, 7] and np.allclose(np.diff(data["time"]), 0.05)
+    assert len(H.drive(hand, act, 7, lambda hand: len(hand.sent) == 10)["time"]) == 3
+
+
 @pytest.mark.parametrize("bad", [np.full(16, np.nan), np.zeros(15), np.full(16, np.inf), [[0.0] * 16]])
 def test_a_broken_command_moves_nothing(bus, hand, bad):
     with pytest.raises(ValueError):
@@ -203,6 +314,32 @@ def test_move_to_is_slow_and_arrives(bus, hand):
     hand.move_to(H.GRASP)
     assert np.abs(hold(hand, H.GRASP, 10).q - H.GRASP).max() < 0.06
     assert max(bus.stats["max_step"].values()) * H.COUNT <= H.MOVE_SPEED / H.CONTROL_HZ + 2 * H.COUNT
+
+
+# ------------------------------------------------------------------------------- any laptop
+WINDOWS = """
+import signal, sys
+sys.path.insert(0, {root!r})
+missing = "termios fcntl pty tty resource dynamixel_sdk serial".split()
+sys.modules.update(dict.fromkeys(missing))               # importing them fails
+for name in ("SIGHUP", "SIGQUIT", "SIGALRM"):
+    delattr(signal, name)
+import numpy as np
+import hand as H
+import sim, train_policy, collect, fit_ndm, deploy
+with sim.open_hand("sim:0") as hand:
+    data = H.drive(hand, lambda q: H.GRASP, 5)
+assert data["q"].shape == (5, 16) and np.isfinite(data["q"]).all()
+H.run(lambda: H.DynamixelHand("COM3"))
+""".format(root=str(ROOT))
+
+
+def test_everything_but_a_real_hand_runs_without_posix():
+    done = subprocess.run([sys.executable, "-c", WINDOWS], capture_output=True, text=True,
+                          timeout=120)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("error: a real hand needs Linux or macOS"), done.stderr
+    assert done.stderr.count("\n") == 1
 
 
 # ---------------------------------------------------------------------------------------------- doors
@@ -377,6 +514,17 @@ def test_a_motor_that_lost_its_power_is_noticed(bus, hand):
         hold(hand, np.zeros(16), 60)
     hand.reconnect()
     assert bus.motors[6]["position_p_gain"] == 800
+
+
+def test_a_motor_whose_watchdog_tripped_is_noticed(bus, hand):
+    """It reports torque on, and refuses every goal."""
+    hold(hand, np.zeros(16), 3)
+    bus.motors[6]["bus_watchdog"], bus.motors[6].tripped = 255, True
+    with pytest.raises(H.BusError, match=r"motor 6 \(mf_pip\) lost torque"):
+        hold(hand, np.zeros(16), 60)
+    hand.reconnect()
+    hold(hand, np.zeros(16), 3)
+    assert bus.motors[6].driving
 
 
 def test_a_hot_motor_rests_until_it_is_cool(bus, hand):
@@ -558,7 +706,7 @@ BROKEN = {
     "calibration is a list": ({}, calibration("[1, 2]"), None, "broken calibration file"),
     "calibration lacks a joint": ({}, offsets(drop=1), None, "broken calibration file (KeyError: 'if_mcp')"),
     "calibration with words": ({}, offsets("zero"), None, "broken calibration file"),
-    "calibration of another hand": ({}, offsets(hand="leap-left"), None, "calibration is of another hand (leap-left"),
+    "calibration of another hand": ({}, offsets(hand="leap-left"), None, "calibration is of another hand, leap-left"),
     "calibration with NaN": ({}, offsets(float("nan")), None, "offsets beyond 0.2 rad"),
     "calibration far off": ({}, offsets(1.6), None, "offsets beyond 0.2 rad"),
     "calibration is a folder": ({}, lambda tmp_path: (tmp_path / "calibration.json").mkdir(), None, "broken calibration file"),
@@ -623,6 +771,7 @@ def test_a_port_without_permission(bus):
     lines = f"""if True:
         import os, sys
         sys.path.insert(0, {str(ROOT)!r})
+        import dynamixel_sdk, termios                    # while the interpreter may be read
         import hand
         os.chmod({os.path.realpath(bus.path)!r}, 0)
         if os.geteuid() == 0:                            # root may open everything
@@ -643,13 +792,31 @@ def test_two_adapters_and_a_stable_name(monkeypatch, tmp_path):
     (tmp_path / "ttyUSB0").touch()
     (tmp_path / "by-id/usb-FTDI_one").symlink_to(tmp_path / "ttyUSB0")
     monkeypatch.setattr(H, "BY_ID", str(tmp_path / "by-id"))
-    monkeypatch.setattr(H.list_ports, "comports", lambda: ports)
+    monkeypatch.setattr(serial.tools.list_ports, "comports", lambda: ports)
     with pytest.raises(H.Problem, match="2 adapters found"):
         H.find_port()
     del ports[1]
     assert H.find_port().endswith("by-id/usb-FTDI_one")
     del ports[0]
     assert H.find_port() is None
+
+
+def test_plugged_in_again_under_another_name(bus, monkeypatch, tmp_path):
+    """ttyUSB0 came back as ttyUSB1; /dev/serial/by-id still knows it."""
+    (tmp_path / "usb-FTDI").symlink_to(bus.path)
+    monkeypatch.setattr(H, "BY_ID", str(tmp_path))
+    first = os.path.realpath(bus.path)
+    with DynamixelHand(first, NO_FILE) as hand:
+        bus.unplug()
+        with pytest.raises(H.BusError, match="is gone"):
+            hand.read()
+        other = os.openpty()                             # somebody else takes the old name
+        bus.plug()
+        assert os.path.realpath(bus.path) != first
+        hand.reconnect(patience=5)
+        hand.read()
+        for end in other:
+            os.close(end)
 
 
 def test_a_slow_latency_timer(bus, monkeypatch, tmp_path):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import hand as H
+import sim
 from conftest import CUBE, ROOT
 
 COUNT = 2 * math.pi / 4096
@@ -30,7 +31,7 @@ class Spy:
 
 def floating(seed=0, **options):
     """A hand without gravity, so that only the motors act."""
-    hand = H.VirtualHand(seed, **options)
+    hand = sim.VirtualHand(seed, **options)
     hand._model.opt.gravity[:] = 0
     hand.place(np.zeros(16))
     return hand
@@ -45,7 +46,7 @@ def ticks(hand, target, n):
 # -------------------------------------------------------------------------------------------------- motor and friction
 def test_torque_and_friction_follow_the_published_equations_at_every_step():
     """Duty from encoder counts and P gain, voltage less back-EMF over resistance, current limit; friction model M4."""
-    hand = H.VirtualHand(5, "palm_down", CUBE[0])
+    hand = sim.VirtualHand(5, "palm_down", CUBE[0])
     spy = Spy(hand)
     hand._data.qvel[hand._vadr] = np.linspace(-11.5, 11.5, 16)           # fast enough for the back-EMF to matter
     rng, limited, free = np.random.default_rng(0), 0, 0
@@ -67,7 +68,7 @@ def test_torque_and_friction_follow_the_published_equations_at_every_step():
 
 
 def test_hidden_parameters_are_those_of_a_small_servo():
-    for hand in map(H.VirtualHand, range(3)):
+    for hand in map(sim.VirtualHand, range(3)):
         stall = hand._kt * hand._limit
         assert (stall > 0.10).all() and (stall < 0.15).all()            # N m
         assert (hand._kt * hand._volt / hand._R * hand._gain * H.DUTY_PER_RAD > 0.6).all()          # N m / rad
@@ -77,7 +78,7 @@ def test_hidden_parameters_are_those_of_a_small_servo():
 
 def test_what_the_object_and_gravity_press_is_what_the_gears_feel():
     """A finger that holds still against gravity: external torque = -(motor torque + friction), and gravity alone bears on it."""
-    hand = H.VirtualHand(1, "palm_up")
+    hand = sim.VirtualHand(1, "palm_up")
     hand.place(np.where(np.arange(16) < 12, 0.6, 0.2))
     ticks(hand, hand.target, 40)
     data = hand._data
@@ -126,7 +127,7 @@ def test_the_link_has_exactly_the_play_of_its_gears_and_the_encoder_does_not_fee
 
 # ------------------------------------------------------------------------------------------------- encoder and delays
 def test_readings_are_encoder_steps_with_a_zero_that_is_off():
-    hand = H.VirtualHand(3)
+    hand = sim.VirtualHand(3)
     for q in (np.zeros(16), H.GRASP):
         hand.place(q)
         read = hand.read().q
@@ -169,7 +170,7 @@ def test_current_has_the_sign_of_the_push_and_its_limit():
 
 # --------------------------------------------------------------------------------------------------------------- seeds
 def run(seed, **options):
-    hand = H.VirtualHand(seed, **options)
+    hand = sim.VirtualHand(seed, **options)
     hand.place(H.GRASP, stir=5)
     rng, rows = np.random.default_rng(0), []
     for _ in range(8):
@@ -186,7 +187,7 @@ def test_a_seed_is_a_hand(load):
 
 
 def test_seeds_differ_in_every_hidden_parameter_and_place_forgets_the_past():
-    a, b = H.VirtualHand(1), H.VirtualHand(2)
+    a, b = sim.VirtualHand(1), sim.VirtualHand(2)
     hidden = [name for name, value in vars(a).items() if isinstance(value, (float, np.ndarray)) and name[0] == "_"
               and name not in ("_tau", "_external", "_goal", "_qadr", "_vadr")]
     assert len(hidden) >= 12
@@ -204,7 +205,7 @@ def test_seeds_differ_in_every_hidden_parameter_and_place_forgets_the_past():
 def test_the_balls_press_on_the_fingers_at_random():
     loads = []
     for stir in (1, 2):
-        hand = H.VirtualHand(0, load="balls")
+        hand = sim.VirtualHand(0, load="balls")
         hand.place(H.GRASP, stir=stir)
         ticks(hand, H.GRASP, 4)
         touched = {tuple(sorted(hand._model.geom_bodyid[[c.geom1, c.geom2]])) for c in hand._data.contact}
@@ -217,7 +218,7 @@ def test_the_balls_press_on_the_fingers_at_random():
 @pytest.mark.parametrize("script", ["train_policy.py", "collect.py", "fit_ndm.py", "deploy.py"])
 def test_nothing_that_learns_looks_behind_the_interface(script):
     """No private attribute but a script's own, by name or by getattr, and no door but `open_hand`."""
-    hidden = {name for name in [*vars(H.VirtualHand(0)), *vars(H.VirtualHand)] if name[0] == "_" and not name.endswith("__")}
+    hidden = {name for name in [*vars(sim.VirtualHand(0)), *vars(sim.VirtualHand)] if name[0] == "_" and not name.endswith("__")}
     for node in ast.walk(ast.parse((ROOT / script).read_text())):
         if isinstance(node, ast.Attribute) and node.attr[0] == "_" and not node.attr.endswith("__"):
             assert isinstance(node.value, ast.Name) and node.value.id == "self" and node.attr not in hidden, f"{script}:{node.lineno} {node.attr}"
@@ -229,7 +230,7 @@ def test_nothing_that_learns_looks_behind_the_interface(script):
 
 # ------------------------------------------------------------------------------------------------------------ commands
 def test_no_command_leaves_the_limits_or_jumps():
-    hand, rng = H.VirtualHand(0), np.random.default_rng(0)
+    hand, rng = sim.VirtualHand(0), np.random.default_rng(0)
     last = hand.target
     for scale in (0.05, 0.5, 10, 1e6) * 10:
         sent = hand.command(H.GRASP + scale * rng.normal(size=16))
@@ -243,7 +244,7 @@ def test_no_command_leaves_the_limits_or_jumps():
 
 @pytest.mark.parametrize("target", [np.full(16, np.nan), np.r_[np.inf, np.zeros(15)], np.zeros(15), np.zeros((1, 16)), 0.0])
 def test_a_command_that_is_none_moves_nothing(target):
-    hand = H.VirtualHand(0)
+    hand = sim.VirtualHand(0)
     before, goal = hand.read(), hand.target.copy()
     with pytest.raises(ValueError, match="16 finite"):
         hand.command(target)
