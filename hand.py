@@ -354,6 +354,24 @@ class Hand:
         self.close()
 
 
+def drive(hand, act, steps, watch=None):
+    """The control loop, `steps` times: read, command act(q), wait for the tick.
+
+    act(q (16,) rad) -> target (16,) rad; `watch(hand)`, if given, is called after each step and
+    ends the loop by returning True. Returns what was read and sent as a dict of arrays: q, dq,
+    target, current (steps, 16) float32 in rad, rad/s, rad, A, and time (steps,) float64 in s."""
+    rows = []
+    for _ in range(steps):
+        q, dq, current, when = hand.read()
+        rows.append((q, dq, hand.command(act(q)), current, when))
+        hand.tick()
+        if watch and watch(hand):
+            break
+    columns = dict(zip(("q", "dq", "target", "current", "time"), zip(*rows)))
+    return {name: np.array(column, float if name == "time" else np.float32)
+            for name, column in columns.items()}
+
+
 # ---------------------------------------------------------------------------------------------- a real hand: Dynamixel motors
 # It can be left alone overnight: a reading is of this moment or there is none; a goal is inside the limits; torque goes off by every
 # door, also when this process is killed or frozen (`guard`); what can be mended (reboot, heat, unplugged adapter) `reconnect` mends.
