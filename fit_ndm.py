@@ -82,7 +82,7 @@ class Dynamics(nn.Module):
     def forward(self, history):
         """Pairs (q_j, a_j), history (B, W, 2, N) rad, oldest first -> q_{t+1} (B, N) rad."""
         x = (self.inputs(history) - self.shift) / self.scale
-        x = x.reshape(len(x), len(self.bias[0]), -1).transpose(0, 1)   # (groups, B, inputs)
+        x = x.reshape(len(x), self.config["groups"], -1).transpose(0, 1)   # (groups, B, inputs)
         for layer, (weight, bias) in enumerate(zip(self.weight, self.bias)):
             x = torch.baddbmm(bias, x, weight)
             if layer < 2:
@@ -375,7 +375,8 @@ def simulate_box(data, seed):
     boxes = min(BOXES, len(a))
     bar = sim.Progress("simulate the boxes", boxes * sim.EPISODE)
     for k in range(boxes):
-        balls = sim.Balls.drawn(np.random.default_rng([seed, k]))
+        # balls that roll have twice the degrees of freedom and take ten times as long
+        balls = sim.Balls.drawn(np.random.default_rng([seed, k]))._replace(rolls=False)
         share = slice(k, None, boxes)
         q[share] = _replay(
             balls, a[share], data["wrist"][share].numpy(), rng,

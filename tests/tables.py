@@ -1,9 +1,9 @@
-"""What is measured over many hands, as one table with the spread between hands.
+"""What was measured on several hands as one table: means, and how far they are to be trusted.
 
-    python tests/tables.py --gaps results/sim*.json       # of deploy.py --compare --json
+    python tests/tables.py --errors runs/ndm*/table.json           # of fit_ndm.py: dynamics models
+    python tests/tables.py --gaps results/sim*.json      # of deploy.py --compare --json
 
---gaps prints how far every hand turns the object and how much of what is lost the residual
-recovers, and draws bars (gap.png beside the first file).
+--gaps also draws bars: gap.png beside the first file.
 """
 import argparse
 import json
@@ -16,19 +16,54 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import hand as H
 import sim
 
-# Student's t, 97.5 %, for 1, 2, ... degrees of freedom
-T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23,
-     2.20, 2.18, 2.16, 2.14, 2.13, 2.12, 2.11, 2.10, 2.09, 2.09)
+# 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom
+T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
+     2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086)
 
 
 def interval(values):
-    """Mean and half width of the 95 % t interval of values (n,); nan with fewer than two."""
+    """Mean, standard deviation (with n - 1) and the half width of the 95 % interval of the mean,
+    from one number for each hand (n,). Of one hand alone the last two are NaN."""
     values = np.asarray(values, float)
     n = len(values)
     if n < 2:
-        return values.mean() if n else np.nan, np.nan
-    t = T[n - 2] if n - 2 < len(T) else 2.0
-    return values.mean(), t * values.std(ddof=1) / n ** 0.5
+        return values.mean(), np.nan, np.nan
+    std = values.std(ddof=1)
+    t = T[n - 2] if n - 2 < len(T) else 1.96 + 2.5 / (n - 1)
+    return values.mean(), std, t * std / n ** 0.5
+
+
+def errors_table(files):
+    """The table.json of several hands as one, mrad, averaged over joints. `against joint` is the
+    difference to the joint-wise model of the same hand. Raises `Problem` on other files."""
+    try:
+        tables = [json.loads(Path(file).read_text()) for file in files]
+        mean = {}
+        for name, models in tables[0].items():
+            for kind in models:
+                for error in ("one", "open"):
+                    mean[name, kind, error] = np.array(
+                        [np.mean(table[name][kind][error]) for table in tables])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise H.Problem("not all of these are a table.json of the same comparison "
+                        f"({type(error).__name__}: {error})")
+    lines = [f"mrad, mean over joints; {len(files)} hands: mean, standard deviation over hands (sd), "
+             "95 % interval of the mean (+-)"]
+    for error, title in (("one", "one step"), ("open", "0.5 s open loop")):
+        for name, models in tables[0].items():
+            lines += ["", f"{title}, {name}", " " * 48 + "against joint"]
+            for kind in models:
+                row = f"  {kind:<20}{_numbers(mean[name, kind, error])}"
+                if kind != "joint" and "joint" in models:
+                    difference = mean[name, kind, error] - mean[name, "joint", error]
+                    row += f"   {_numbers(difference)}"
+                lines.append(row)
+    return "\n".join(lines)
+
+
+def _numbers(values):
+    mean, std, half = interval(values)
+    return f"{mean:7.2f} sd {std:5.2f} +- {half:5.2f}"
 
 
 # ------------------------------------------------------------------- --gaps: deploy.py --compare
@@ -69,8 +104,7 @@ def over_hands(rows):
     """Mean, standard deviation (n - 1) and half width of the 95 % interval of every column of rows
     (hands, columns), of the hands that have a number."""
     columns = [column[np.isfinite(column)] for column in np.transpose(rows)]
-    mean, half = np.transpose([interval(column) for column in columns])
-    return mean, [c.std(ddof=1) if len(c) > 1 else np.nan for c in columns], half
+    return np.transpose([interval(c) if len(c) else (np.nan,) * 3 for c in columns])
 
 
 def gap_table(reports):
@@ -110,22 +144,20 @@ def draw_gaps(reports, picture):
     sim.save_figure(figure, picture)
 
 
-def gaps(files):
-    reports = read_gaps(files)
-    print("\n".join(gap_table(reports)))
-    picture = Path(files[0]).with_name("gap.png")
-    draw_gaps(reports, picture)
-    print(f"bars in {picture}")
-
-
-# ----------------------------------------------------------------------------------- command line
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gaps", nargs="+", type=Path, required=True,
-                        help="files of deploy.py --compare --json, a hand each")
+    tables = parser.add_mutually_exclusive_group(required=True)
+    tables.add_argument("--errors", nargs="+", type=Path, help="table.json files of fit_ndm.py")
+    tables.add_argument("--gaps", nargs="+", type=Path, help="files of deploy.py --compare --json")
     args = parser.parse_args()
-    gaps(args.gaps)
+    if args.errors:
+        print(errors_table(args.errors))
+    if args.gaps:
+        reports, picture = read_gaps(args.gaps), args.gaps[0].with_name("gap.png")
+        print("\n".join(gap_table(reports)))
+        draw_gaps(reports, picture)
+        print(f"bars in {picture}")
 
 
 if __name__ == "__main__":
