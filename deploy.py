@@ -25,7 +25,6 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -77,15 +76,6 @@ def save_episode(args, data, wrist, load, index):
 
 
 # ---------------------------------------------------------------------- measured, on virtual hands
-class Episode(NamedTuple):
-    """What a worker process is told."""
-    args: argparse.Namespace
-    trial: sim.Trial
-    corrected: bool              # by the residual
-    index: int
-    film: Path | None
-
-
 @functools.cache
 def networks(policy, residual):
     """A worker process keeps what it has read."""
@@ -93,14 +83,14 @@ def networks(policy, residual):
     return load_policy(policy)[0], load_residual(residual)[0] if residual else None
 
 
-def measured_episode(episode):
-    """One trial on a virtual hand; returns what `Referee` says."""
-    args, trial, film = episode.args, episode.trial, []
-    policy, residual = networks(args.policy, args.residual if episode.corrected else None)
+def measured_episode(job):
+    """One trial on a virtual hand, in a worker process; returns what `Referee` says."""
+    args, trial, corrected, index, picture = job
+    policy, residual = networks(args.policy, args.residual if corrected else None)
     hand = sim.open_hand(args.port, wrist=trial.wrist, load=trial.obj)
     hand.begin(trial)
     controller = Controller(policy, residual, trial.wrist, trial.axis, trial.grasp[H.N + 7:])
-    place, pushes = hand.object_qpos()[None], iter(trial.pushes)
+    place, pushes, film = hand.object_qpos()[None], iter(trial.pushes), []
     referee = sim.Referee([sim.AXES[trial.axis]], place[:, :3], place[:, 3:])
 
     def pushed(q):
@@ -108,15 +98,15 @@ def measured_episode(episode):
         return controller(q)
 
     def watch(hand):
-        if episode.film:
+        if picture:
             film.append(hand.qpos())
         place = hand.object_qpos()[None]
         return not referee(place[:, :3], place[:, 3:])[0]
 
     data = H.drive(hand, pushed, sim.EPISODE, watch)
-    save_episode(args, data, trial.wrist, trial.obj.name, episode.index)
+    save_episode(args, data, trial.wrist, trial.obj.name, index)
     if film:
-        sim.film(hand.model(), film, episode.film, trial.wrist)
+        sim.film(hand.model(), film, picture, trial.wrist)
     return {name: float(value[0]) for name, value in referee.result().items()}
 
 
@@ -127,11 +117,11 @@ def on_the_hand(pool, args, trials, corrected, film=None):
     if film and len(args.wrist) > 1:
         film = film.with_stem(f"{film.stem}-{wrist}")
     first = 10000 * args.wrist.index(wrist)
-    episodes = [Episode(args, trial, corrected, first + i, film if i == 0 else None)
-                for i, trial in enumerate(trials)]
+    jobs = [(args, trial, corrected, first + i, film if i == 0 else None)
+            for i, trial in enumerate(trials)]
     label = "base + residual" if corrected else "base"
     bar, rows = sim.Progress(f"{args.port} {wrist} {label}", len(trials)), []
-    for result in pool.imap(measured_episode, episodes):
+    for result in pool.imap(measured_episode, jobs):
         rows.append(result)
         turned, held = (np.mean([row[name] for row in rows]) for name in ("RotR", "TTF"))
         bar(len(rows), f"{turned / HZ:.2f} rad, {held:.1f} s")
@@ -244,43 +234,41 @@ def on_a_virtual_hand(args, policy, content):
 
 # ---------------------------------------------------------------------------------- on a real hand
 def agreed(text):
-    """Ask on a terminal; without one nobody can answer, and nobody minds."""
-    if not sys.stdin.isatty():
-        return True
     try:
-        return input(f"{text}: Enter to go on, q to stop ").strip().lower() != "q"
+        return input(f"{text}, then Enter; q to stop: ").strip().lower() != "q"
     except EOFError:
         return False
 
 
 def on_a_real_hand(args, policy, residual):
     """Episodes one after the other. When the bus fails the hand lets go, and whoever stands by
-    decides whether the episode is begun again; without a terminal the script ends."""
-    wrist, axis, number = args.wrist[0], args.axis[0], 0
+    decides whether to begin that episode again; without a terminal the script ends."""
+    wrist, axis, number, watched = args.wrist[0], args.axis[0], 0, sys.stdin.isatty()
     with sim.open_hand(args.port) as hand:
         while number < args.episodes:
             try:
                 hand.move_to(H.GRASP)
-                hand.rest()
-                if not agreed(f"episode {number + 1}/{args.episodes}: hold the object between the "
-                              f"fingertips, {wrist}"):
-                    return
-                hand.move_to(H.GRASP)
+                if watched:
+                    hand.rest()
+                    if not agreed(f"episode {number + 1}/{args.episodes}: hold the object between "
+                                  f"the fingertips, {wrist}"):
+                        return
+                    hand.move_to(H.GRASP)
                 controller = Controller(policy, residual, wrist, axis, H.GRASP)
                 data = H.drive(hand, controller, sim.EPISODE)
                 hand.rest()            # nothing strains while a slow disk is waited for
             except H.BusError as error:
-                if not sys.stdin.isatty():
+                if not watched:
                     raise
-                print(f"episode {number + 1} lost: {error}")
+                print(f"episode {number + 1} is lost: {error}")
                 if not agreed("mend that"):
                     return
                 hand.reconnect()
                 continue
             number += 1
-            lag = np.abs(data["target"] - data["q"]).mean()
-            print(f"episode {number}: {len(data['q'])} steps, lag {lag:.3f} rad, "
-                  f"{1000 * np.abs(data['current']).mean():.0f} mA")
+            lag, current = np.abs(data["target"] - data["q"]), np.abs(data["current"])
+            print(f"episode {number}: {len(data['q'])} steps, lag {lag.mean():.3f} rad, "
+                  f"{1000 * current.mean():.0f} mA")
             save_episode(args, data, wrist, "object", number - 1)
 
 
