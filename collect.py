@@ -1,174 +1,321 @@
 """Stage 2: a hand collects data alone in the Chaos Box, a box of soft balls.
 
-    python collect.py --hours 2                              # the attached hand, or else the virtual hand sim:0
+    python collect.py --hours 2                       # the attached hand, or else sim:0
     python collect.py --hours 8 --port /dev/ttyUSB0 --wrist palm_down
-    python collect.py --hours 1 --port sim:7 --load none --source waves     # for comparison: free hand, base waves
+    python collect.py --hours 1 --port sim:7 --load none --source waves       # for comparison
 
-reads   checkpoints/policy.pt (its simulated joint targets are replayed open loop; no camera, no reset, no person)
-writes  OUT/sequences.npz      the target sequences, simulated once
-        OUT/00000.npz ...      one trajectory (400 steps, 20 s) each, whole or not there:
-            q, dq, target, current (400, 16: rad, rad/s, rad, A), time (400, s), hand, wrist, load, source, sigma, policy
-            (hash), seed, index, port
-        OUT/log.txt            a line per event; OUT/film.gif, the first trajectory of a virtual hand
-Run it again and it goes on after the last whole trajectory. Half of the trajectories get noise of 0.01 rad on every
-target. Errors of the bus, a motor's reboot or an unplugged adapter cost the running trajectory, nothing more.
+reads   checkpoints/policy.pt: the joint targets that it sends in simulation are replayed open loop;
+        no camera, no reset, no person
+writes  for every wrist that the policy knows a folder data/PORT-WRIST-LOAD-SOURCE with
+        sequences.npz   the target sequences, simulated once
+        00000.npz ...   a trajectory (400 steps, 20 s) each, whole or not there:
+                        q, dq, target, current (400, 16: rad, rad/s, rad, A), time (400, s),
+                        hand, wrist, load, source, seed, port, policy (hash),
+                        index, sequence (its number in sequences.npz), sigma (rad, of the noise)
+        00017.jammed    instead of one in which a joint jammed at every attempt
+        log.txt         a line per event
+        film.gif        the first trajectory of a virtual hand
+
+Run it again and it goes on after the last whole trajectory. Errors of the bus, a motor's reboot or
+an unplugged adapter cost the running trajectory, nothing more.
 """
 import argparse
+import functools
 import multiprocessing
 import os
 import signal
+import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 import hand as H
 import sim
-from train_policy import digest, load_policy, objects_of, targets
+from sim import EPISODE
+from train_policy import digest, load_policy, simulate
 
-SIGMA = 0.01            # rad, noise on the targets of half of the trajectories
-SECONDS = sim.EPISODE / H.CONTROL_HZ
-
-
-def simulated_sequences(policy, content, wrist, n, seed):
-    """Target sequences (n, 400, 16) rad of episodes in which the policy held the object to the end, in the training simulator."""
-    objects = objects_of("+".join(content["families"]))
-    env = sim.Rotation(max(2 * len(objects), min(n, 192)), objects, [wrist], content["axes"], seed=seed)
-    kept, tried = [], 0
-    while len(kept) < n:
-        frames = []
-        result = sim.run_episodes(env, lambda env: targets(policy, env), lambda env: frames.append(env.target.copy()),
-                                  f"simulated sequences {len(kept)}/{n}")
-        kept += list(np.array(frames).swapaxes(0, 1)[result["TTF"] >= SECONDS])
-        tried += env.n
-        if len(kept) < n and tried >= 20 * max(n, env.n):
-            raise H.Problem(f"the policy kept the object {len(kept)} times in {tried} episodes with {wrist}; train it longer for that wrist")
-    return np.array(kept[:n], np.float32)
+SECONDS = EPISODE / H.CONTROL_HZ
+SIGMA = 0.01           # rad, noise on the targets of half of the trajectories
+SEQUENCES = 192        # that differ; then the first comes again, with other balls and other noise
+BLOCK = 48             # episodes simulated at once
+# Balls wedge a joint or lie on a finger that its motor cannot lift. That teaches nothing about the
+# task, and a motor that stalls for long overheats.
+JAM = 0.3              # rad between target and joint: three times what saturates the motor
+JAM_STEPS = 30         # 1.5 s of it
+ATTEMPTS = 5           # with other balls and other noise, before a trajectory is given up
 
 
+# --------------------------------------------------------------------------- what is replayed
 def waves(n, seed):
-    """Sine and square waves around the canonical grasp, every joint with a phase and a period of its own: (n, 400, 16) rad."""
+    """Sine and square waves around the canonical grasp, every joint with a phase and a period of
+    its own: (n, 400, N) rad."""
     rng = np.random.default_rng(seed)
-    t = np.arange(sim.EPISODE)[None, :, None] / H.CONTROL_HZ
-    draw = lambda low, high: rng.uniform(low, high, (n, 1, H.N))
-    wave = np.sin(2 * np.pi * (t / draw(1.0, 4.0) + draw(0, 1)))
+    t = np.arange(EPISODE)[None, :, None] / H.CONTROL_HZ
+
+    def each(low, high):
+        return rng.uniform(low, high, (n, 1, H.N))
+
+    wave = np.sin(2 * np.pi * (t / each(1.0, 4.0) + each(0, 1)))
     wave = np.where(rng.random((n, 1, 1)) < 0.5, wave, np.sign(wave))
-    return np.clip(H.GRASP + draw(0.05, 0.4) * wave, H.LOW, H.HIGH).astype(np.float32)
+    return np.clip(H.GRASP + each(0.05, 0.4) * wave, H.LOW, H.HIGH).astype(np.float32)
 
 
-def replay(hand, sequence, noise, film=None):
-    """Drive the hand open loop through `sequence` + `noise` (400, 16) at 20 Hz; returns what it did as a dict of arrays.
-    A list `film` is filled with the configurations of a virtual hand."""
-    hand.move_to(sequence[0])
-    targets = iter(sequence + noise)
-    watch = None if film is None else lambda hand: film.append(hand.qpos())
-    return H.drive(hand, lambda q: next(targets), len(sequence), watch)
+def sequences(job, policy, content):
+    """The target sequences (n, 400, N) rad of a job, read from its folder or simulated: one for
+    each trajectory, but no more than SEQUENCES.
+
+    They come in blocks that depend on the seed and the block's number alone, so that a longer
+    collection begins with the sequences of a shorter one. Raises `Problem` if the policy hardly
+    ever holds the object."""
+    path, facts = job.folder / "sequences.npz", job.facts
+    found, blocks = np.zeros((0, EPISODE, H.N), np.float32), 0
+    if path.exists():
+        old = sim.load_npz(path)
+        if all(str(old.get(name)) == str(value) for name, value in facts.items()):
+            found, blocks = old["sequences"], int(old["blocks"])
+    needed = min(job.total, SEQUENCES)
+    while len(found) < needed:
+        seed = 1000 * facts["seed"] + blocks
+        if facts["source"] == "waves":
+            block = waves(BLOCK, seed)
+        else:
+            title = f"{facts['wrist']}: sequences {len(found)}/{needed}"
+            block = simulate(policy, content, [facts["wrist"]], BLOCK, seed, title)["a"].numpy()
+        found, blocks = np.concatenate([found, block]), blocks + 1
+        if blocks >= 4 and len(found) < blocks * BLOCK / 20:
+            raise H.Problem(
+                f"the policy held the object {len(found)} times in {blocks * BLOCK} episodes "
+                f"with {facts['wrist']}; train it longer for that wrist")
+        sim.save_npz(path, sequences=found, blocks=blocks, **facts)
+    return found
 
 
+class Replay:
+    """Sends targets (400, N) rad open loop, whatever the joints do, and notices a jam: `act` and
+    `watch` are for `hand.drive`. With `film` it keeps the configurations of a virtual hand."""
 
-def record(hand, index, sequence, args, facts):
-    """One trajectory, from the start pose to the file; the first one of a virtual hand is filmed."""
-    rng = np.random.default_rng([args.seed, index])
-    sigma = SIGMA if rng.random() < 0.5 else 0.0
-    film = [] if index == 0 and not hand.realtime else None
-    data = replay(hand, sequence, rng.normal(0, sigma, sequence.shape) if sigma else np.zeros(sequence.shape), film)
-    if film:
-        sim.film(hand.model(), film[:200], args.out / "film.gif", args.wrist)
-    if hand.realtime:
-        hand.rest()                                      # a slow disk is no reason for the guardian to step in
-    sim.save_npz(args.out / f"{index:05d}.npz", **data, index=index, sigma=sigma, **facts)
-    return float(np.abs(data["target"] - data["q"]).mean()), float(np.abs(data["current"]).mean())
+    def __init__(self, targets, film=False):
+        self.targets, self.film = iter(targets), [] if film else None
+        self.late, self.jammed = np.zeros(H.N, int), ""
+
+    def act(self, q):
+        self.q = q
+        return next(self.targets)
+
+    def watch(self, hand):
+        if self.film is not None:
+            self.film.append(hand.qpos())
+        lag = np.abs(hand.target - self.q)
+        self.late = np.where(lag > JAM, self.late + 1, 0)
+        if self.late.max() < JAM_STEPS:
+            return False
+        joint = self.late.argmax()
+        self.jammed = f"{H.JOINTS[joint].name} jammed, {lag[joint]:.2f} rad from its target"
+        return True
 
 
-_virtual = {}           # a worker process keeps its virtual hand
+# ------------------------------------------------------------------------------ trajectories
+class Job(NamedTuple):
+    """The trajectories of one hand at one wrist."""
+    folder: Path
+    total: int             # how many
+    facts: dict            # written into every file
 
 
-def record_virtual(index, sequence, args, facts):
-    if not _virtual:
-        _virtual["hand"] = sim.open_hand(args.port, wrist=args.wrist, load=args.load)
-    _virtual["hand"].place(sequence[0], stir=index)      # every trajectory depends on its index alone, so a run can be resumed
-    return index, record(_virtual["hand"], index, sequence, args, facts)
+class Outcome(NamedTuple):
+    index: int
+    jams: list             # a text for every attempt that ended early
+    lag: float = None      # rad, mean over joints and steps; None: nothing was saved
+    current: float = 0.0   # A
+    faults: int = 0        # of the bus, on the way
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hours", type=float, default=2.0, help="hours of data in all, those already there included (default 2)")
+def trajectory(hand, job, index, sequence):
+    """Trajectory `index`, from the start pose to its file. It depends on its index alone, so that
+    a resumed run makes what one that was not interrupted would have made."""
+    jams, path = [], job.folder / f"{index:05d}"
+    for attempt in range(ATTEMPTS):
+        rng = np.random.default_rng([job.facts["seed"], index, attempt])
+        sigma = SIGMA if rng.random() < 0.5 else 0.0
+        targets = sequence + rng.normal(0, sigma, sequence.shape)
+        replay = Replay(targets, film=index == 0 and not hand.realtime)
+        if not hand.realtime:
+            hand.place(sequence[0], stir=ATTEMPTS * index + attempt)
+        hand.move_to(sequence[0])
+        data = H.drive(hand, replay.act, EPISODE, replay.watch)
+        if hand.realtime:
+            hand.rest()                # nothing strains while a slow disk is waited for
+        if not replay.jammed:
+            break
+        jams.append(f"{replay.jammed} after {len(data['q']) / H.CONTROL_HZ:.1f} s")
+    else:
+        with H.atomic_file(path.with_suffix(".jammed"), "w") as file:
+            file.write("\n".join(jams) + "\n")
+        return Outcome(index, jams)
+    if replay.film:
+        sim.film(hand.model(), replay.film[:200], job.folder / "film.gif", job.facts["wrist"])
+    sim.save_npz(path.with_suffix(".npz"), **data, **job.facts, index=index,
+                 sequence=index % SEQUENCES, sigma=sigma)
+    lag, current = np.abs(data["target"] - data["q"]), np.abs(data["current"])
+    return Outcome(index, jams, lag.mean(), current.mean())
+
+
+def there(job):
+    """Numbers of the trajectories in the folder, and of those that jammed. Raises `Problem` if
+    they are of something else: a folder goes on only with what it began."""
+    saved = sorted(job.folder.glob("[0-9]*.npz"))
+    if saved:
+        old = sim.load_npz(saved[0], *job.facts, "sequence")
+        for name, value in job.facts.items():
+            if str(old[name]) != str(value):
+                raise H.Problem(f"{job.folder} holds trajectories with {name} {old[name]}, "
+                                f"not {value}; choose another --out")
+    jammed = job.folder.glob("[0-9]*.jammed")
+    return {int(path.stem) for path in saved}, {int(path.stem) for path in jammed}
+
+
+def missing(job):
+    return sorted(set(range(job.total)).difference(*there(job)))
+
+
+@functools.cache
+def virtual_hand(port, wrist, load):
+    """A worker process keeps its virtual hand."""
+    torch.set_num_threads(1)
+    return sim.open_hand(port, wrist=wrist, load=load)
+
+
+def on_a_worker(job, index, sequence):
+    hand = virtual_hand(*(job.facts[name] for name in ("port", "wrist", "load")))
+    return trajectory(hand, job, index, sequence)
+
+
+def on_virtual_hands(workers, job, todo, targets):
+    """Yields the `Outcome` of every trajectory in `todo`."""
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(workers, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
+        results = [pool.apply_async(on_a_worker, (job, i, targets[i % SEQUENCES])) for i in todo]
+        for result in results:
+            yield result.get()
+
+
+def on_a_real_hand(hand, job, todo, targets, say):
+    """Yields the `Outcome` of every trajectory in `todo`. A fault of the bus costs the one that
+    runs; it starts again when the hand is back."""
+    for index in todo:
+        outcome, faults = None, 0
+        while outcome is None:
+            seen = len(hand.events)
+            try:
+                outcome = trajectory(hand, job, index, targets[index % SEQUENCES])
+            except H.BusError as error:
+                faults += 1
+                say(f"trajectory {index} lost: {error}")
+                hand.reconnect()
+            finally:
+                for _, kind, text in hand.events[seen:]:
+                    say(f"{kind}: {text}")
+        yield outcome._replace(faults=faults)
+
+
+def run(job, hand, workers, policy, content):
+    """Collect what is missing; `hand` is None for a virtual one, which every process has."""
+    todo, (saved, jammed) = missing(job), map(len, there(job))
+    targets = sequences(job, policy, content) if todo else None
+    job.folder.mkdir(parents=True, exist_ok=True)
+    began, new, jams, faults = time.monotonic(), [], 0, 0
+    bar = sim.Progress(f"collect {job.facts['port']} {job.facts['wrist']}", job.total)
+    bar(saved + jammed)
+    with open(job.folder / "log.txt", "a") as log:
+        def say(text):
+            print(time.strftime("%F %T"), text, file=log, flush=True)
+
+        say(f"start: {saved} of {job.total} trajectories there")
+        for outcome in (on_a_real_hand(hand, job, todo, targets, say) if hand
+                        else on_virtual_hands(workers, job, todo, targets) if todo else ()):
+            for text in outcome.jams:
+                say(f"trajectory {outcome.index}: {text}")
+            jams, faults = jams + len(outcome.jams), faults + outcome.faults
+            if outcome.lag is None:
+                jammed += 1
+            else:
+                new.append(outcome)
+            recent = [(o.lag, 1000 * o.current) for o in new[-50:]] or [(0, 0)]
+            lag, current = np.mean(recent, 0)
+            hours = (saved + len(new)) * SECONDS / 3600
+            bar(saved + len(new) + jammed, f"{hours:.2f} h, lag {lag:.3f} rad, {current:.0f} mA, "
+                f"{jams} jams, {faults} faults")
+        say(f"end: {saved + len(new)} trajectories, {jams} jams, {faults} faults")
+    saved += len(new)
+    print(f"{saved} trajectories ({saved * SECONDS / 3600:.2f} h) in {job.folder}; {len(new)} new "
+          f"in {(time.monotonic() - began) / 60:.1f} min, {jams} jams, {faults} faults, mean "
+          f"current {1000 * np.mean([o.current for o in new] or [0]):.0f} mA")
+    if jammed:
+        print(f"{jammed} fewer than asked for: they jammed {ATTEMPTS} times each")
+
+
+# ------------------------------------------------------------------------------- command line
+def arguments():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hours", type=float, default=2.0,
+                        help="of data, shared by the wrists, those there included (default 2)")
     parser.add_argument("--port", default="auto", help="auto, sim, sim:SEED or a serial device")
-    parser.add_argument("--wrist", default="palm_down", choices=sim.WRISTS)
+    parser.add_argument("--wrist", nargs="+", choices=sim.WRISTS,
+                        help="default: all that the policy knows")
     parser.add_argument("--load", default="balls", choices=("balls", "none"))
     parser.add_argument("--source", default="policy", choices=("policy", "waves"))
     parser.add_argument("--policy", type=Path, default=Path("checkpoints/policy.pt"))
-    parser.add_argument("--out", type=Path, help="default data/PORT-WRIST-LOAD-SOURCE")
+    parser.add_argument("--out", type=Path,
+                        help="folder of one wrist (default data/PORT-WRIST-LOAD-SOURCE)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes, virtual hand only")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(),
+                        help="processes, virtual hand only")
     args = parser.parse_args()
     args.port = sim.resolve_port(args.port)
     if not 0 < args.hours < 1e4 or args.workers < 1:
         raise H.Problem("--hours and --workers must be positive")
-    virtual = args.port.startswith("sim")
-    args.out = args.out or Path("data") / "-".join([args.port.replace("/", "_").replace(":", ""), args.wrist, args.load, args.source])
-    total = max(1, round(args.hours * 3600 / SECONDS))
-    torch.set_num_threads(1 if virtual else 2)
+    return args
 
+
+def jobs_of(args, wrists):
+    if args.out and len(wrists) > 1:
+        raise H.Problem(f"--out is the folder of one wrist, and these are {', '.join(wrists)}: "
+                        "choose one with --wrist")
+    total, policy = round(args.hours * 3600 / SECONDS / len(wrists)), digest(args.policy)
+    port = args.port.replace("/", "_").replace(":", "")
+    jobs = []
+    for wrist in wrists:
+        folder = args.out or Path("data") / "-".join([port, wrist, args.load, args.source])
+        jobs.append(Job(folder, max(1, total), dict(
+            hand=H.HAND, wrist=wrist, load=args.load, source=args.source, seed=args.seed,
+            port=args.port, policy=policy)))
+    return jobs
+
+
+def main():
+    args = arguments()
     policy, content = load_policy(args.policy)
-    facts = dict(hand=H.HAND, wrist=args.wrist, load=args.load, source=args.source, seed=args.seed, port=args.port,
-                 policy=digest(args.policy))
-    done = {int(p.stem) for p in args.out.glob("[0-9]*.npz")}
-    for index in sorted(done)[:1]:                       # goes on only with what it began
-        old = sim.load_npz(args.out / f"{index:05d}.npz", *facts)
-        for name, value in facts.items():
-            if str(old[name]) != str(value):
-                raise H.Problem(f"{args.out} holds trajectories with {name} {old[name]}, not {value}; choose another --out")
-    path = args.out / "sequences.npz"
-    # 192 different episodes are replayed again and again, with other balls and other noise
-    if path.exists() and str(sim.load_npz(path, "policy")["policy"]) == facts["policy"]:
-        sequences = sim.load_npz(path, "sequences")["sequences"]
-    else:
-        n = min(total, 192)
-        sequences = waves(n, args.seed) if args.source == "waves" else simulated_sequences(policy, content, args.wrist, n, args.seed)
-        sim.save_npz(path, sequences=sequences, policy=facts["policy"])
-
-    todo = [i for i in range(total) if i not in done]
-    bar = sim.Progress(f"collect {args.port} {args.wrist}", total)
-    bar(len(done))
-    errors, currents, faults, began = [], [], 0, time.monotonic()
-
-    def note(i, result):
-        errors.append(result[0])
-        currents.append(result[1])
-        bar(len(done) + len(errors), f"{(len(done) + len(errors)) * SECONDS / 3600:.2f} h, lag {np.mean(errors[-50:]):.3f} rad, "
-            f"{1000 * np.mean(currents[-50:]):.0f} mA, {faults} faults")
-
-    with open(args.out / "log.txt", "a") as log:
-        def say(text):
-            print(time.strftime("%F %T"), text, file=log, flush=True)
-
-        say(f"start: {len(done)} of {total} trajectories there")
-        if virtual:
-            with multiprocessing.get_context("spawn").Pool(args.workers, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
-                jobs = [pool.apply_async(record_virtual, (i, sequences[i % len(sequences)], args, facts)) for i in todo]
-                for job in jobs:
-                    note(*job.get())
-        else:
-            with sim.open_hand(args.port) as hand:
-                for i in todo:
-                    while True:
-                        seen = len(hand.events)
-                        try:
-                            result = record(hand, i, sequences[i % len(sequences)], args, facts)
-                            break
-                        except H.BusError as error:
-                            faults += 1
-                            say(f"trajectory {i} lost: {error}")
-                            hand.reconnect()
-                        finally:
-                            for event in hand.events[seen:]:
-                                say(f"{event[1]}: {event[2]}")
-                    note(i, result)
-        say(f"end: {len(done) + len(errors)} trajectories, {faults} faults")
-    print(f"{len(done) + len(errors)} trajectories ({(len(done) + len(errors)) * SECONDS / 3600:.2f} h) in {args.out}; "
-          f"{len(errors)} new in {(time.monotonic() - began) / 60:.1f} min, {faults} faults, mean current {1000 * np.mean(currents or [0]):.0f} mA")
+    jobs = jobs_of(args, list(dict.fromkeys(args.wrist or content["wrists"])))
+    lacking = [job for job in jobs if missing(job)]
+    if args.port.startswith("sim:"):
+        torch.set_num_threads(1)
+        for job in jobs:
+            run(job, None, args.workers, policy, content)
+        return
+    with sim.open_hand(args.port) as hand:
+        for i, job in enumerate(lacking or jobs):
+            later = ", ".join(other.facts["wrist"] for other in lacking[i + 1:])
+            print(f"now {job.facts['wrist']}{later and ', then '}{later}", flush=True)
+            if len(jobs) > 1 and sys.stdin.isatty():
+                input("turn the hand and its box so, and press Enter ")
+            run(job, hand, args.workers, policy, content)
+            if later and not sys.stdin.isatty():       # nobody is there to turn it
+                print(f"{later} left: turn the hand and its box, and run this again")
+                break
 
 
 if __name__ == "__main__":

@@ -1,10 +1,14 @@
-"""The four scripts as a user runs them, at toy size: what they write, what a kill leaves, what they say to bad input."""
+"""The four scripts as a user runs them, at toy size: what they write, what a kill leaves, what they
+say to bad input."""
+import argparse
+import io
 import json
 import os
 import re
 import resource
 import shutil
 import signal
+import sys
 import time
 
 import numpy as np
@@ -16,12 +20,14 @@ import deploy
 import fit_ndm
 import hand as H
 import sim
+import tables
 import train_policy
 from conftest import finish, one_line_problem, start
 
 pytestmark = pytest.mark.usefixtures("grasps")
 
 PORT, WRIST = "sim:3", "palm_up"
+HERE = ("--port", PORT, "--wrist", WRIST)
 
 
 def until(process, condition):
@@ -45,24 +51,31 @@ def run(*command):
 def pipeline(tmp_path_factory, toy_policy, grasps):
     """collect, fit_ndm and deploy one after the other."""
     out = tmp_path_factory.mktemp("pipeline")
-    run("collect.py", "--hours", 10 / 180, "--port", PORT, "--wrist", WRIST, "--policy", toy_policy, "--out", out / "data")
-    said = run("fit_ndm.py", "--data", out / "data", "--policy", toy_policy, "--out", out / "ndm", "--models", "joint", "whole",
-               "--steps", 30, "--residual-steps", 3, "--episodes", 24)
-    numbers = run("deploy.py", "--compare", "--episodes", 2, "--port", PORT, "--wrist", WRIST, "--axis=+z", "--policy", toy_policy,
-                  "--residual", out / "ndm/residual.pt", "--json", out / "numbers.json")
+    run("collect.py", "--hours", 10 / 180, *HERE, "--policy", toy_policy, "--out", out / "data")
+    said = run("fit_ndm.py", "--data", out / "data", "--policy", toy_policy, "--out", out / "ndm",
+               "--models", "joint", "whole", "--steps", 30, "--residual-steps", 3,
+               "--episodes", 24)
+    numbers = run("deploy.py", "--compare", "--episodes", 2, *HERE, "--axis", "z+",
+                  "--policy", toy_policy, "--residual", out / "ndm/residual.pt",
+                  "--json", out / "numbers.json")
     return out, said, numbers
 
 
+# ------------------------------------------------------------------------------------ collection
 def test_collect_writes_trajectories_that_stand_alone(pipeline, toy_policy):
     out = pipeline[0] / "data"
     assert [p.name for p in shards(out)] == [f"{i:05d}.npz" for i in range(10)]
     assert not list(out.glob(".*")), "temporary files are left"
+    expected = [H.HAND, WRIST, "balls", "policy", PORT]
     sigmas = []
     for i, path in enumerate(shards(out)):
         d = sim.load_npz(path)
-        assert all(d[name].shape == (400, 16) for name in ("q", "dq", "target", "current")) and d["time"].shape == (400,)
+        assert all(d[name].shape == (400, 16) for name in ("q", "dq", "target", "current"))
+        assert d["time"].shape == (400,)
         assert np.diff(d["time"]) == pytest.approx(np.full(399, 0.05), abs=1e-6)
-        assert [str(d[name]) for name in ("hand", "wrist", "load", "source", "port", "index")] == [H.HAND, WRIST, "balls", "policy", PORT, str(i)]
+        names = ("hand", "wrist", "load", "source", "port")
+        assert [str(d[name]) for name in names] == expected
+        assert int(d["index"]) == int(d["sequence"]) == i
         assert len(str(d["policy"])) == 16 and int(d["seed"]) == 0
         sequence = sim.load_npz(out / "sequences.npz", "sequences")["sequences"][i]
         noise = d["target"] - np.clip(sequence, H.LOW, H.HIGH)
@@ -79,14 +92,200 @@ def test_a_trajectory_depends_on_its_index_alone(pipeline, toy_policy, tmp_path)
     for i in (2, 7):
         (again / f"{i:05d}.npz").unlink()
     before = {p.name: p.stat().st_mtime_ns for p in shards(again)}
-    said = run("collect.py", "--hours", 10 / 180, "--port", PORT, "--wrist", WRIST, "--policy", toy_policy, "--out", again, "--workers", 1)
+    said = run("collect.py", "--hours", 10 / 180, *HERE, "--policy", toy_policy,
+               "--out", again, "--workers", 1)
     assert "2 new" in said
     for path in shards(again):
         old, new = sim.load_npz(pipeline[0] / "data" / path.name), sim.load_npz(path)
         assert all(np.array_equal(old[name], new[name]) for name in old), path.name
-        assert path.name in ("00002.npz", "00007.npz") or path.stat().st_mtime_ns == before[path.name]
+        fresh = path.name in ("00002.npz", "00007.npz")
+        assert fresh or path.stat().st_mtime_ns == before[path.name]
 
 
+def job_in(folder, total, **facts):
+    usual = dict(hand=H.HAND, wrist=WRIST, load="none", source="waves", seed=0, port="test",
+                 policy="0" * 16)
+    return collect.Job(folder, total, usual | facts)
+
+
+def held(n, seed):
+    """What `simulate` returns: n of 48 episodes were held."""
+    return {"a": torch.as_tensor(collect.waves(48, seed)[:n])}
+
+
+@pytest.mark.parametrize("source", ["waves", "policy"])
+def test_a_longer_collection_has_more_sequences_and_begins_with_the_same(
+        source, tmp_path, monkeypatch):
+    monkeypatch.setattr(collect, "simulate", lambda policy, content, wrists, episodes, seed, title:
+                        held(20 + seed % 7, seed))
+    content = {"families": ["cube"], "axes": ["+z"]}
+
+    def sequences(folder, total):
+        return collect.sequences(job_in(folder, total, source=source), None, content)
+
+    few = sequences(tmp_path / "a", 10)
+    more = sequences(tmp_path / "a", 100)
+    most = sequences(tmp_path / "a", 4000)
+    assert 10 <= len(few) < 60 and 100 <= len(more) < 192 <= len(most) < 250
+    assert len(np.unique(most[:, 7], axis=0)) == len(most), "they all differ"
+    assert np.array_equal(more[:len(few)], few) and np.array_equal(most[:len(more)], more)
+    assert np.array_equal(sequences(tmp_path / "b", 4000), most), "as if made at once"
+    assert np.array_equal(sequences(tmp_path / "a", 10), most), "read"
+    other = collect.sequences(job_in(tmp_path / "a", 10, source=source, seed=1), None, content)
+    assert not np.array_equal(other[:10], few[:10]), "of another seed"
+
+
+def test_a_policy_that_drops_everything_is_no_source(tmp_path, monkeypatch):
+    monkeypatch.setattr(collect, "simulate", lambda *_: held(1, 0))
+    with pytest.raises(H.Problem, match="held the object 4 times in 192 episodes with palm_up"):
+        collect.sequences(job_in(tmp_path, 45, source="policy"), None, {})
+
+
+class FakeHand(H.Hand):
+    """Joints are where they are told to be, and time stands still. `stuck(count)` says whether the
+    middle finger's base is jammed in the `count`-th move; `faulty` commands raise BusError."""
+
+    def __init__(self, realtime=False, stuck=lambda count: False, faulty=()):
+        super().__init__()
+        self.realtime, self.stuck, self.faulty = realtime, stuck, set(faulty)
+        self.q, self.count, self.commands, self.rests, self.reconnects = H.GRASP, 0, 0, 0, 0
+
+    def place(self, q, stir):
+        self.q, self.target = q, q
+
+    def move_to(self, q, seconds=0.0):
+        self.command(H.GRASP)
+        self.q = q
+        self.count += 1
+        return q
+
+    def _write(self, target):
+        self.commands += 1
+        if self.commands in self.faulty:
+            self.target = None
+            raise H.BusError("motor 5 (mf_mcp) does not answer; the hand has let go")
+        self.q = target.copy()
+        if self.stuck(self.count):
+            self.q[4] = -0.2
+
+    def read(self):
+        return H.Reading(self.q, np.zeros(16), np.full(16, 0.1), 0.05 * self.commands)
+
+    def tick(self):
+        pass
+
+    def rest(self):
+        self.rests, self.target = self.rests + 1, None
+
+    def reconnect(self, patience=600):
+        self.reconnects += 1
+
+
+@pytest.fixture
+def real(monkeypatch):
+    """FakeHand in place of the attached hand; what is typed on the terminal, if there is one."""
+    def attach(hand, typed=None):
+        monkeypatch.setattr(sim, "open_hand", lambda port, **_: hand)
+        answers = io.StringIO("\n".join(typed) + "\n" if typed else "")
+        answers.isatty = lambda: typed is not None
+        monkeypatch.setattr(sys, "stdin", answers)
+        return hand
+    return attach
+
+
+SEQUENCE = np.tile(H.GRASP, (400, 1))
+
+
+def test_a_jammed_trajectory_ends_early_and_is_replayed_with_other_balls(tmp_path):
+    hand = FakeHand(realtime=True, stuck=lambda count: count <= 2)
+    outcome = collect.trajectory(hand, job_in(tmp_path, 3), 1, SEQUENCE)
+    assert hand.count == 3 and hand.rests == 3, "it lets go after every attempt"
+    assert len(outcome.jams) == 2 and "mf_mcp jammed, 1.3" in outcome.jams[0]
+    assert "after 1.6 s" in outcome.jams[0]
+    (path,) = shards(tmp_path)
+    d = sim.load_npz(path)
+    assert d["q"].shape == (400, 16) and np.abs(d["q"] - d["target"]).max() < 1e-6
+
+
+def test_a_trajectory_that_always_jams_is_given_up_for_good(tmp_path):
+    job = job_in(tmp_path, 3)
+    outcome = collect.trajectory(FakeHand(stuck=lambda count: True), job, 1, SEQUENCE)
+    assert outcome.lag is None and len(outcome.jams) == collect.ATTEMPTS
+    assert shards(tmp_path) == [] and collect.missing(job) == [0, 2]
+    assert collect.there(job) == (set(), {1})
+    assert (tmp_path / "00001.jammed").read_text().count("mf_mcp jammed") == collect.ATTEMPTS
+
+
+def test_a_load_that_passes_is_no_jam():
+    replay, hand = collect.Replay(np.tile(H.GRASP, (400, 1))), FakeHand()
+    for step in range(400):
+        hand.target = replay.act(H.GRASP - 0.4 * (step % 30 > 0))
+        assert not replay.watch(hand)                        # 1.45 s at a time
+    for step in range(30):
+        hand.target = H.GRASP
+        replay.q = H.GRASP + 0.31
+        assert replay.watch(hand) == (step == 29)
+
+
+def collected(monkeypatch, policy, *arguments):
+    monkeypatch.setattr(sys, "argv", ["collect.py", "--port", "/dev/hand", "--source", "waves",
+                                      "--policy", str(policy), *map(str, arguments)])
+    collect.main()
+
+
+def test_a_fault_of_the_bus_costs_the_running_trajectory_and_nothing_else(
+        real, toy_policy, tmp_path, monkeypatch, capsys):
+    hand = real(FakeHand(realtime=True, faulty=(500,)))
+    collected(monkeypatch, toy_policy, "--hours", 3 / 180, "--out", tmp_path)
+    assert len(shards(tmp_path)) == 3 and hand.reconnects == 1 and hand.count == 4
+    assert "1 faults" in capsys.readouterr().out
+    assert "trajectory 1 lost: motor 5" in (tmp_path / "log.txt").read_text()
+
+
+def two_wrists(toy_policy, folder):
+    content = torch.load(toy_policy, weights_only=True)
+    torch.save({**content, "wrists": ["palm_up", "palm_down"]}, folder / "policy.pt")
+    return folder / "policy.pt"
+
+
+def test_a_virtual_hand_collects_at_every_wrist_that_the_policy_knows(toy_policy, tmp_path):
+    policy = two_wrists(toy_policy, tmp_path)
+    process = start(
+        sys.modules["collect"].__file__, "--port", PORT, "--hours", 4 / 180, "--source", "waves",
+        "--load", "none", "--policy", policy, cwd=tmp_path)
+    status, out, err = finish(process)
+    assert status == 0, err
+    for wrist in ("palm_up", "palm_down"):
+        folder = tmp_path / f"data/sim3-{wrist}-none-waves"
+        assert len(shards(folder)) == 2, "the hours are shared"
+        assert str(sim.load_npz(shards(folder)[0], "wrist")["wrist"]) == wrist
+
+
+def test_a_real_hand_goes_from_wrist_to_wrist_with_a_person(
+        real, toy_policy, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    policy = two_wrists(toy_policy, tmp_path)
+    folders = [tmp_path / f"data/_dev_hand-{wrist}-balls-waves"
+               for wrist in ("palm_up", "palm_down")]
+
+    def lengths():
+        return [len(shards(folder)) for folder in folders]
+
+    real(FakeHand(realtime=True))                            # nobody there: one at a time
+    collected(monkeypatch, policy, "--hours", 4 / 180)
+    assert lengths() == [2, 0]
+    said = capsys.readouterr().out
+    assert "now palm_up, then palm_down" in said and "palm_down left: turn the hand" in said
+    collected(monkeypatch, policy, "--hours", 4 / 180)
+    assert lengths() == [2, 2] and "now palm_down\n" in capsys.readouterr().out
+    real(FakeHand(realtime=True), typed=["", ""])
+    collected(monkeypatch, policy, "--hours", 6 / 180)
+    assert lengths() == [3, 3]
+    collected(monkeypatch, policy, "--hours", 4 / 180, "--wrist", "palm_down")
+    assert lengths() == [3, 4]
+
+
+# -------------------------------------------------------------------------------- fit_ndm, deploy
 def test_fit_ndm_writes_models_table_and_pictures(pipeline):
     out, said, _ = pipeline
     table = json.loads((out / "ndm/table.json").read_text())
@@ -108,50 +307,147 @@ def test_compare_writes_ceiling_base_and_residual(pipeline):
     out, _, said = pipeline
     report = json.loads((out / "numbers.json").read_text())
     for part in (report, report["wrists"][WRIST]):
-        for kind in ("ceiling", "base", "residual"):
-            assert {"RotR", "TTF", "RotP", "spread"} <= set(part[kind])
-            assert 0 < part[kind]["TTF"] <= 20 and part[kind]["RotP"] >= 0
-            assert all(part[kind]["spread"][m]["std"] >= 0 for m in ("RotR", "TTF", "RotP"))
-        lost = part["ceiling"]["RotR"] - part["base"]["RotR"]
-        assert part["recovered"] is None if lost <= 0 else part["recovered"] == pytest.approx((part["residual"]["RotR"] - part["base"]["RotR"]) / lost)
+        for kind in deploy.KINDS:
+            assert 0 < part[kind]["TTF"]["mean"] <= 20 and part[kind]["RotP"]["mean"] >= 0
+            assert all(part[kind][m]["std"] >= 0 for m in deploy.METRICS)
+        ceiling, base, residual = (part[kind]["RotR"]["mean"] for kind in deploy.KINDS)
+        assert part["gain"]["RotR"]["mean"] == pytest.approx(residual - base)
+        if ceiling > base:
+            assert part["recovered"] == pytest.approx((residual - base) / (ceiling - base))
+        else:
+            assert part["recovered"] is None
     assert report["port"] == PORT and report["episodes"] == 2
-    assert re.search(r"ceiling .*\n.* base .*\n.* residual ", said)
+    assert re.search(r"ceiling .*\n.* base .*\n.* residual .*\n.* gain ", said)
 
 
-def test_several_hands_make_one_table(tmp_path):
-    row = lambda rad: {"RotR": 20 * rad, "TTF": rad, "RotP": 0.5, "spread": {m: {"sem": 0.1} for m in ("RotR", "TTF", "RotP")}}
-    part = lambda ceiling, base, residual: {"ceiling": row(ceiling), "base": row(base), "residual": row(residual),
-                                            "recovered": (residual - base) / (ceiling - base)}
-    for i, (up, down) in enumerate((((16, 8, 12), (16, 8, 16)), ((10, 5, 4), (20, 10, 15)))):      # recovered: 50 and 100, -20 and 50 %
-        whole = part(*np.mean([up, down], 0))
-        (tmp_path / f"sim{i}.json").write_text(json.dumps({"port": f"sim:{i}", **whole, "wrists": {"palm_up": part(*up), "palm_down": part(*down)}}))
-    lines = run("deploy.py", "--table", *sorted(tmp_path.glob("sim*.json"))).splitlines()
-    table = {line.split()[0]: line.split() for line in lines if line and line[0] in "smp"}
-    assert table["sim:0"][1:4] == ["16.00", "8.00", "14.00"] and table["sim:0"][-4::2] == ["50", "75"]
-    assert table["sim:1"][1:4] == ["15.00", "7.50", "9.50"] and table["sim:1"][-4::2] == ["50", "27"]
-    assert table["mean"][1:7] == ["15.50", "7.75", "11.75", "15.5", "7.8", "11.8"] and table["mean"][-2] == "51"
-    assert table["palm_up"][1:4] == ["13.00", "6.50", "8.00"] and table["palm_up"][-4:] == ["15", "%", "(50,", "-20)"]
-    assert table["palm_down"][-4:] == ["75", "%", "(100,", "50)"]
+def paired(ceiling, base, residual):
+    numbers = {"ceiling": ceiling, "base": base, "residual": residual}
+    return {kind: {m: np.array(x, float) for m in deploy.METRICS} for kind, x in numbers.items()}
+
+
+def test_differences_are_taken_within_trials():
+    """Trials differ by far more than hands do; a gain of 1 in each is then certain."""
+    hard = np.array([100.0, 20, 60, 5, 80, 40])
+    s = deploy.summary(paired(hard + 4, hard, hard + 1))
+    assert s["gain"]["RotR"] == {"mean": 1, "std": 0, "sem": 0}
+    assert s["recovered"] == pytest.approx(0.25)
+    assert s["recovered_interval"] == pytest.approx([0.25, 0.25])
+    assert s["base"]["RotR"]["std"] == pytest.approx(np.std(hard, ddof=1))
+    assert s["base"]["RotR"]["sem"] == pytest.approx(np.std(hard, ddof=1) / 6 ** 0.5)
+
+
+def test_nothing_is_recovered_where_nothing_is_lost():
+    s = deploy.summary(paired([1, 2, 3], [1, 2, 3], [2, 3, 4]))
+    assert s["recovered"] is None and s["recovered_interval"] is None
+    rng = np.random.default_rng(0)
+    unsure = deploy.summary(paired(rng.normal(0.1, 5, 20), rng.normal(0, 5, 20), np.ones(20)))
+    assert unsure["recovered_interval"] is None, "the ratio means nothing"
+    loss = rng.normal(5, 5, 400)
+    low, high = deploy.summary(paired(loss, 0 * loss, 0.5 * loss + rng.normal(0, 5, 400)))[
+        "recovered_interval"]
+    assert 0.35 < low < 0.5 < high < 0.65
+
+
+def test_hand_and_training_simulator_get_the_same_trials(pipeline, toy_policy, monkeypatch):
+    """Object, mass, friction, grasp and pushes; a push changes the velocity of the object."""
+    seen = []
+
+    class Watched(sim.VirtualHand):
+        def begin(self, trial):
+            super().begin(trial)
+            body = self._model.body("object")
+            seen.append([float(body.mass[0]), self._data.qpos[self._qadr].copy(), []])
+
+        def push(self, velocity):
+            before = self._data.qvel[-6:-3].copy()
+            super().push(velocity)
+            seen[-1][2].append(self._data.qvel[-6:-3] - before)
+
+    monkeypatch.setattr(sim, "VirtualHand", Watched)
+    objects = sim.objects_of("cube")
+    (trial,) = sim.trials(objects[:1], WRIST, ["+z"], 1, 5)
+    args = argparse.Namespace(policy=toy_policy, residual=None, record=None, port="sim:3:box")
+    result = deploy.measured_episode((args, trial, False, 0, None))
+    (mass, q, pushes), = seen
+    assert mass == pytest.approx(trial.mass)
+    assert np.abs(q - trial.grasp[:16]).max() < 0.1
+    assert np.allclose(pushes, trial.pushes[:len(pushes)]) and np.any(pushes)
+    assert 0 < result["TTF"] <= 20 and len(pushes) >= 20 * result["TTF"]
+
+
+def test_several_hands_make_one_table(tmp_path, capsys):
+    def numbers(rad):
+        return {m: {"mean": x, "std": 1.0, "sem": 0.1}
+                for m, x in (("RotR", 20 * rad), ("TTF", rad), ("RotP", 0.5))}
+
+    def part(ceiling, base, residual):
+        return {"ceiling": numbers(ceiling), "base": numbers(base), "residual": numbers(residual),
+                "recovered": (residual - base) / (ceiling - base)}
+
+    # recovered: 50 and 100 %, -20 and 50 %
+    for i, (up, down) in enumerate((((16, 8, 12), (16, 8, 16)), ((10, 5, 4), (20, 10, 15)))):
+        report = {"port": f"sim:{i}", **part(*np.mean([up, down], 0)),
+                  "wrists": {"palm_up": part(*up), "palm_down": part(*down)}}
+        (tmp_path / f"sim{i}.json").write_text(json.dumps(report))
+    lines = run("tests/tables.py", "--gaps", *sorted(tmp_path.glob("sim*.json"))).splitlines()
+    table = {line.split()[0]: line.split()[1:] for line in lines if line[:1] in "smp" and line}
+    assert table["sim:0"] == "16.00 8.00 14.00 6.00 16.0 8.0 14.0 50 75".split()
+    assert table["sim:1"] == "15.00 7.50 9.50 2.00 15.0 7.5 9.5 50 27".split()
+    assert table["mean"] == "15.50 7.75 11.75 4.00 15.5 7.8 11.8 50 51".split()
+    assert table["std"][:4] == ["0.71", "0.35", "3.18", "2.83"], "n - 1"
+    half = next(line for line in lines if line.startswith("95 %")).split()[3:]
+    assert float(half[3]) == pytest.approx(12.706 * 2.0, abs=0.01)
+    assert table["palm_up"][:3] == ["13.00", "6.50", "8.00"] and table["palm_up"][-1] == "15"
+    assert table["palm_down"][-1] == "75"
     assert (tmp_path / "gap.png").read_bytes().startswith(b"\x89PNG")
-
-    errors = lambda one, far: {"joint": {"one": [one] * 16, "open": [far] * 16}}
-    for i, e in enumerate((errors(4, 30), errors(6, 34))):
-        (tmp_path / f"table{i}.json").write_text(json.dumps({"held out": e}))
-    said = run("fit_ndm.py", "--table", *tmp_path.glob("table*.json"))
-    assert re.search(r"2 hands.*\n  held out\n    joint +5\.00 \+- 1\.00 +32\.0 \+- 2\.0", said), said
 
 
 def test_deploy_records_what_fit_ndm_reads_and_is_the_same_again(pipeline, toy_policy, tmp_path):
     results = []
-    for attempt in ("a", "b"):
-        run("deploy.py", "--base", "--episodes", 2, "--port", PORT, "--wrist", WRIST, "--axis=+z", "--policy", toy_policy, "--object", "cube",
-            "--record", tmp_path / attempt, "--json", tmp_path / f"{attempt}.json", "--workers", 1 if attempt == "a" else 2)
+    for attempt, workers in (("a", 1), ("b", 2)):
+        run("deploy.py", "--base", "--episodes", 2, *HERE, "--axis=+z", "--policy", toy_policy,
+            "--object", "cube", "--record", tmp_path / attempt, "--workers", workers,
+            "--json", tmp_path / f"{attempt}.json")
         results.append(json.loads((tmp_path / f"{attempt}.json").read_text()))
     assert results[0] == results[1]
-    assert results[0][WRIST]["RotR"]["mean"] == pytest.approx(json.loads((pipeline[0] / "numbers.json").read_text())["base"]["RotR"])
+    compared = json.loads((pipeline[0] / "numbers.json").read_text())
+    assert results[0][WRIST]["RotR"] == pytest.approx(compared["base"]["RotR"])
+    recorded = shards(tmp_path / "a")
     if results[0][WRIST]["TTF"]["mean"] == 20:
-        q, a, _ = fit_ndm.load_shards([tmp_path / "a"])
-        assert q.shape == a.shape == (2, 400, 16)
+        assert len(recorded) == 2
+    if recorded:
+        q = fit_ndm.load_shards([tmp_path / "a"]).q
+        assert q.shape == (len(recorded), 400, 16)
+
+
+def on_a_real_hand(policy, episodes=2):
+    args = argparse.Namespace(port="/dev/hand", wrist=[WRIST], axis=["+z"], episodes=episodes,
+                              record=None, base=True)
+    deploy.on_a_real_hand(args, train_policy.load_policy(policy)[0], None)
+
+
+def test_after_a_fault_of_the_bus_deploy_offers_to_go_on(real, toy_policy, capsys):
+    hand = real(FakeHand(realtime=True, faulty=(100,)), typed=["", "", "", ""])
+    on_a_real_hand(toy_policy)
+    said = capsys.readouterr().out
+    assert "episode 1 is lost: motor 5 (mf_mcp) does not answer; the hand has let go\n" in said
+    assert "episode 1: 400 steps" in said and "episode 2: 400 steps" in said
+    assert hand.reconnects == 1 and hand.target is None, "it rests at the end"
+
+    hand = real(FakeHand(realtime=True, faulty=(100,)), typed=["", "q"])
+    on_a_real_hand(toy_policy)
+    assert hand.reconnects == 0 and "400 steps" not in capsys.readouterr().out
+
+    real(FakeHand(realtime=True, faulty=(100,)))
+    with pytest.raises(H.BusError):                          # nobody is there to put it back
+        on_a_real_hand(toy_policy)
+
+
+def test_deploy_saves_with_the_hand_at_rest(real, toy_policy, tmp_path, monkeypatch):
+    hand, torques = real(FakeHand(realtime=True)), []
+    monkeypatch.setattr(deploy, "save_episode", lambda *_: torques.append(hand.target))
+    on_a_real_hand(toy_policy)
+    assert torques == [None, None]
 
 
 # ------------------------------------------------------------------------------------------------- training, kills
@@ -196,7 +492,8 @@ def test_ctrl_c_while_training_leaves_no_torn_file(tmp_path):
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_collection_goes_on_after_a_kill_and_after_ctrl_c(how, toy_policy, tmp_path):
-    command = ("collect.py", "--hours", 8 / 180, "--port", PORT, "--source", "waves", "--load", "none", "--policy", toy_policy, "--out", tmp_path)
+    command = ("collect.py", "--hours", 8 / 180, *HERE, "--source", "waves", "--load", "none",
+               "--policy", toy_policy, "--out", tmp_path)
     process = start(*command)
     until(process, lambda: len(shards(tmp_path)) >= 2)
     os.kill(process.pid, how) if how == signal.SIGKILL else os.killpg(process.pid, how)
@@ -206,17 +503,18 @@ def test_collection_goes_on_after_a_kill_and_after_ctrl_c(how, toy_policy, tmp_p
     kept = {p.name: p.read_bytes() for p in shards(tmp_path)}
     assert 2 <= len(kept) < 8
     said = run(*command)
-    assert [p.name for p in shards(tmp_path)] == [f"{i:05d}.npz" for i in range(8)] and f"{8 - len(kept)} new" in said
+    assert [p.name for p in shards(tmp_path)] == [f"{i:05d}.npz" for i in range(8)]
+    assert f"{8 - len(kept)} new" in said
     assert all((tmp_path / name).read_bytes() == data for name, data in kept.items())
-    q, _, _ = fit_ndm.load_shards([tmp_path])
-    assert len(q) == 8
+    assert len(fit_ndm.load_shards([tmp_path]).q) == 8
 
 
-# --------------------------------------------------------------------------------------------------------- bad input
+# ------------------------------------------------------------------------------------- bad input
 def shard(folder, name="00000.npz", **changes):
     folder.mkdir(exist_ok=True)
-    data = dict(q=np.zeros((400, 16)), target=np.zeros((400, 16)), hand=H.HAND, wrist="palm_down", load="balls", source="policy",
-                seed=0, port="sim:0", policy="0" * 16) | changes
+    still = np.zeros((400, 16))
+    data = dict(q=still, target=still, hand=H.HAND, wrist="palm_down", load="balls",
+                source="policy", seed=0, port="sim:0", policy="0" * 16, sequence=0) | changes
     np.savez(folder / name, **{k: v for k, v in data.items() if v is not None})
     return folder
 
@@ -230,43 +528,72 @@ def bad_inputs(tmp, policy):
     nan = np.zeros((400, 16))
     nan[3, 4] = np.nan
     for i in range(10):
-        many = shard(tmp / "many", f"{i:05d}.npz")
+        many = shard(tmp / "many", f"{i:05d}.npz", sequence=i)
     here, missing = ("--policy", policy), ("--policy", tmp / "missing.pt")
     into = ("--out", tmp / "out")
-    fit = lambda folder: ("--data", folder, *here, *into)
-    return {
-        "train: unknown family": (train_policy, ("--family", "cube", "teapot", *into), "teapot"),
-        "train: no time": (train_policy, ("--minutes", -1, *into), "--minutes"),
-        "train: too few environments": (train_policy, ("--envs", 0, *into), "--envs"),
-        "collect: no policy": (collect, ("--port", "sim", *missing, *into), "missing.pt is not there"),
-        "collect: broken policy": (collect, ("--port", "sim", "--policy", tmp / "broken.pt", *into), "broken.pt is not a checkpoint"),
-        "collect: negative hours": (collect, ("--hours=-1", "--port", "sim", *here, *into), "--hours"),
-        "collect: no number of hours": (collect, ("--hours", "nan", "--port", "sim", *here, *into), "--hours"),
-        "collect: not a seed": (collect, ("--port", "sim:x", *here, *into), "sim:7"),
-        "collect: absent port": (collect, ("--port", "/dev/ttyUSB99", "--source", "waves", *here, *into), "/dev/ttyUSB99"),
-        "collect: other trajectories there": (collect, ("--port", "sim", *here, "--out", shard(tmp / "other")), "choose another --out"),
-        "collect: trajectories of something else": (collect, ("--port", "sim", *here, "--out", shard(tmp / "alien", wrist=None)), "has no wrist"),
-        "collect: torn trajectory": (collect, ("--port", "sim", *here, "--out", torn.parent), "cannot be read"),
-        "fit: no folder": (fit_ndm, fit(tmp / "absent"), "holds no trajectories"),
-        "fit: empty folder": (fit_ndm, fit(tmp / "empty"), "holds no trajectories"),
-        "fit: NaN": (fit_ndm, fit(shard(tmp / "nan", q=nan)), "NaN"),
-        "fit: torn": (fit_ndm, fit(torn.parent), "cannot be read"),
-        "fit: other hand": (fit_ndm, fit(shard(tmp / "left", hand="leap-left")), "leap-left"),
-        "fit: other length": (fit_ndm, fit(shard(tmp / "short", q=np.zeros((10, 16)))), "(10, 16)"),
-        "fit: no data": (fit_ndm, here, "run collect.py first"),
-        "fit: two hands": (fit_ndm, ("--data", shard(tmp / "one"), shard(tmp / "two", port="sim:9"), *here, *into), "several hands"),
-        "fit: tested on another hand": (fit_ndm, (*fit(many), "--test", shard(tmp / "task", port="sim:9")), "sim:9"),
-        "fit: not a table": (fit_ndm, ("--table", tmp / "broken.pt"), "table.json"),
-        "fit: too few": (fit_ndm, fit(shard(tmp / "few")), "too few"),
-        "deploy: no policy": (deploy, ("--port", "sim", *missing), "missing.pt is not there"),
-        "deploy: no residual": (deploy, ("--port", "sim", *here, "--residual", tmp / "none.pt"), "none.pt is not there"),
-        "deploy: policy as residual": (deploy, ("--port", "sim", *here, "--residual", policy), "not a residual"),
-        "deploy: not a seed": (deploy, ("--port", "sim:-1", "--base", *here), "sim:7"),
-        "deploy: absent port": (deploy, ("--port", "/dev/ttyUSB99", "--base", *here), "/dev/ttyUSB99"),
-        "deploy: compare on a real hand": (deploy, ("--port", "/dev/ttyUSB99", "--compare", *here), "virtual hand"),
-        "deploy: compare the base alone": (deploy, ("--port", "sim", "--base", "--compare", *here), "neither --base"),
-        "deploy: no episodes": (deploy, ("--port", "sim", "--base", "--episodes", 0, *here), "--episodes"),
+    virtual = ("--port", "sim")
+
+    def fit(folder):
+        return "--data", folder, *here, *into
+
+    train = {
+        "unknown family": (("--family", "cube", "teapot", *into), "teapot"),
+        "no time": (("--minutes", -1, *into), "--minutes"),
+        "too few environments": (("--envs", 0, *into), "--envs"),
     }
+    collecting = {
+        "no policy": ((*virtual, *missing, *into), "missing.pt is not there"),
+        "broken policy": ((*virtual, "--policy", tmp / "broken.pt", *into),
+                          "broken.pt is not a checkpoint"),
+        "negative hours": (("--hours=-1", *virtual, *here, *into), "--hours"),
+        "no number of hours": (("--hours", "nan", *virtual, *here, *into), "--hours"),
+        "not a seed": (("--port", "sim:x", *here, *into), "sim:7"),
+        "absent port": (("--port", "/dev/ttyUSB99", "--source", "waves", *here, *into),
+                        "/dev/ttyUSB99"),
+        "one folder for two wrists": ((*virtual, "--wrist", "palm_up", "base_up", *here, *into),
+                                      "--out is the folder of one wrist"),
+        "other trajectories there": ((*virtual, *here, "--out", shard(tmp / "other")),
+                                     "choose another --out"),
+        "trajectories of something else": (
+            (*virtual, *here, "--out", shard(tmp / "alien", wrist=None)), "has no wrist"),
+        "trajectories of an older version": (
+            (*virtual, *here, "--out", shard(tmp / "old", sequence=None)), "has no sequence"),
+        "torn trajectory": ((*virtual, *here, "--out", torn.parent), "cannot be read"),
+    }
+    fitting = {
+        "no folder": (fit(tmp / "absent"), "holds no trajectories"),
+        "empty folder": (fit(tmp / "empty"), "holds no trajectories"),
+        "NaN": (fit(shard(tmp / "nan", q=nan)), "NaN"),
+        "torn": (fit(torn.parent), "cannot be read"),
+        "other hand": (fit(shard(tmp / "left", hand="leap-left")), "leap-left"),
+        "other length": (fit(shard(tmp / "short", q=np.zeros((10, 16)))), "(10, 16)"),
+        "no data": (here, "run collect.py first"),
+        "two hands": (("--data", shard(tmp / "one"), shard(tmp / "two", port="sim:9"), *here,
+                       *into), "several hands"),
+        "tested on another hand": ((*fit(many), "--test", shard(tmp / "task", port="sim:9")),
+                                   "sim:9"),
+        "too few": (fit(shard(tmp / "few")), "too few"),
+    }
+    deploying = {
+        "no policy": ((*virtual, *missing), "missing.pt is not there"),
+        "no residual": ((*virtual, *here, "--residual", tmp / "none.pt"), "none.pt is not there"),
+        "policy as residual": ((*virtual, *here, "--residual", policy), "not a residual"),
+        "not a seed": (("--port", "sim:-1", "--base", *here), "sim:7"),
+        "not a difference": (("--port", "sim:1:motors", "--base", *here), "sim:7:motor+shape"),
+        "absent port": (("--port", "/dev/ttyUSB99", "--base", *here), "/dev/ttyUSB99"),
+        "compare on a real hand": (("--port", "/dev/ttyUSB99", "--compare", *here),
+                                   "virtual hand"),
+        "compare the base alone": ((*virtual, "--base", "--compare", *here), "neither --base"),
+        "no episodes": ((*virtual, "--base", "--episodes", 0, *here), "--episodes"),
+    }
+    measuring = {
+        "not a gap": (("--gaps", tmp / "broken.pt"), "--compare --json"),
+        "no gap": (("--gaps", tmp / "none.json"), "--compare --json"),
+    }
+    scripts = {train_policy: train, collect: collecting, fit_ndm: fitting, deploy: deploying,
+               tables: measuring}
+    return {f"{module.__name__}: {name}": (module, *case)
+            for module, cases in scripts.items() for name, case in cases.items()}
 
 
 def test_bad_input_is_one_clear_line_and_exit_2(tmp_path, toy_policy, monkeypatch, capsys):
@@ -276,27 +603,37 @@ def test_bad_input_is_one_clear_line_and_exit_2(tmp_path, toy_policy, monkeypatc
         try:
             line = one_line_problem(monkeypatch, capsys, module, *arguments)
             assert words in line, line
-        except (Exception, pytest.fail.Exception) as error:              # all of them in one report
+        except (Exception, pytest.fail.Exception) as error:  # all of them in one report
             wrong.append(f"{name}: {type(error).__name__} {error}"[:300])
     assert not wrong, "\n".join(wrong)
 
 
 def test_a_full_disk_is_one_clear_line_and_leaves_whole_files(toy_policy, tmp_path):
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))      # bytes a file may have: log and picture, but no trajectory
-    command = ("collect.py", "--hours", 2 / 180, "--port", PORT, "--source", "waves", "--load", "none", "--policy", toy_policy, "--out", tmp_path)
-    run(*command)
+    def limit():                       # bytes a file may have: sequences fit, no trajectory does
+        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
+
+    rest = (*HERE, "--source", "waves", "--load", "none", "--policy", toy_policy,
+            "--out", tmp_path)
+    run("collect.py", "--hours", 2 / 180, *rest)
     whole = {path.name: path.read_bytes() for path in tmp_path.glob("*.npz")}
-    status, out, err = finish(start(*command[:2], 4 / 180, *command[3:], preexec_fn=limit))
-    assert status == 2 and err.splitlines()[-1].startswith("error: cannot write") and "File too large" in err and "Traceback" not in err, err
-    assert {path.name: path.read_bytes() for path in tmp_path.glob("*.npz")} == whole and not list(tmp_path.glob(".*"))
+    status, out, err = finish(start("collect.py", "--hours", 4 / 180, *rest, preexec_fn=limit))
+    assert status == 2 and "File too large" in err and "Traceback" not in err, err
+    assert err.splitlines()[-1].startswith("error: cannot write")
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("*.npz")} == whole
+    assert not list(tmp_path.glob(".*"))
 
 
-@pytest.mark.parametrize("command", [("train_policy.py", "--axis", "up"), ("collect.py", "--wrist", "sideways"), ("fit_ndm.py", "--models", "toe"), ("deploy.py", "--speed", "9")])
+@pytest.mark.parametrize("command", [
+    ("train_policy.py", "--axis", "up"), ("collect.py", "--wrist", "sideways"),
+    ("fit_ndm.py", "--models", "toe"), ("deploy.py", "--speed", "9"),
+    ("deploy.py", "--axis", "up"), ("tests/tables.py", "--gaps")])
 def test_wrong_flags_are_answered_with_usage(command):
     status, out, err = finish(start(*command))
-    assert status == 2 and "Traceback" not in err and err.startswith("usage:") and ": error: " in err.splitlines()[-1]
+    assert status == 2 and "Traceback" not in err and err.startswith("usage:")
+    assert ": error: " in err.splitlines()[-1]
 
 
 def test_a_problem_in_a_process_of_its_own(tmp_path):
-    status, out, err = finish(start("deploy.py", "--port", "sim:1", "--policy", tmp_path / "none.pt"))
+    status, out, err = finish(
+        start("deploy.py", "--port", "sim:1", "--policy", tmp_path / "none.pt"))
     assert (status, out) == (2, "") and err.startswith("error: ") and err.count("\n") == 1

@@ -1,0 +1,164 @@
+"""What was measured on several hands as one table: means, and how far they are to be trusted.
+
+    python tests/tables.py --errors runs/ndm*/table.json           # of fit_ndm.py: dynamics models
+    python tests/tables.py --gaps results/sim*.json      # of deploy.py --compare --json
+
+--gaps also draws bars: gap.png beside the first file.
+"""
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import hand as H
+import sim
+
+# 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom
+T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
+     2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086)
+
+
+def interval(values):
+    """Mean, standard deviation (with n - 1) and the half width of the 95 % interval of the mean,
+    from one number for each hand (n,). Of one hand alone the last two are NaN."""
+    values = np.asarray(values, float)
+    n = len(values)
+    if n < 2:
+        return values.mean(), np.nan, np.nan
+    std = values.std(ddof=1)
+    t = T[n - 2] if n - 2 < len(T) else 1.96 + 2.5 / (n - 1)
+    return values.mean(), std, t * std / n ** 0.5
+
+
+def errors_table(files):
+    """The table.json of several hands as one, mrad, averaged over joints. `against joint` is the
+    difference to the joint-wise model of the same hand. Raises `Problem` on other files."""
+    try:
+        tables = [json.loads(Path(file).read_text()) for file in files]
+        mean = {}
+        for name, models in tables[0].items():
+            for kind in models:
+                for error in ("one", "open"):
+                    mean[name, kind, error] = np.array(
+                        [np.mean(table[name][kind][error]) for table in tables])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise H.Problem("not all of these are a table.json of the same comparison "
+                        f"({type(error).__name__}: {error})")
+    lines = [f"mrad, mean over joints; {len(files)} hands: mean, standard deviation over hands (sd), "
+             "95 % interval of the mean (+-)"]
+    for error, title in (("one", "one step"), ("open", "0.5 s open loop")):
+        for name, models in tables[0].items():
+            lines += ["", f"{title}, {name}", " " * 48 + "against joint"]
+            for kind in models:
+                row = f"  {kind:<20}{_numbers(mean[name, kind, error])}"
+                if kind != "joint" and "joint" in models:
+                    difference = mean[name, kind, error] - mean[name, "joint", error]
+                    row += f"   {_numbers(difference)}"
+                lines.append(row)
+    return "\n".join(lines)
+
+
+def _numbers(values):
+    mean, std, half = interval(values)
+    return f"{mean:7.2f} sd {std:5.2f} +- {half:5.2f}"
+
+
+# ------------------------------------------------------------------- --gaps: deploy.py --compare
+KINDS = "ceiling", "base", "residual"
+GAPS = (                         # heading, width, decimals
+    ("ceiling", 8, 2), ("base", 7, 2), ("residual", 9, 2), ("gain", 7, 2),       # turned, rad
+    ("ceiling", 10, 1), ("base", 6, 1), ("residual", 9, 1),                      # TTF, s
+    ("lost", 9, 0), ("recovered", 11, 0),                                        # %
+)
+
+
+def read_gaps(files):
+    """The reports in `files`. Raises `Problem` on anything that --compare --json did not write."""
+    reports = []
+    for file in files:
+        try:
+            report = json.loads(Path(file).read_text())
+            gap_row(report)
+            for part in report["wrists"].values():
+                gap_row(part)
+            report["port"]
+        except (OSError, ValueError, KeyError, TypeError):
+            raise H.Problem(f"{file} is not a file that deploy.py --compare --json wrote")
+        reports.append(report)
+    return reports
+
+
+def gap_row(part):
+    """A hand, or a wrist of it, as the numbers of GAPS; nan where nothing could be recovered."""
+    turned = [part[kind]["RotR"]["mean"] / H.CONTROL_HZ for kind in KINDS]
+    held = [part[kind]["TTF"]["mean"] for kind in KINDS]
+    lost = 100 * (1 - turned[1] / turned[0]) if turned[0] > 0 else np.nan
+    recovered = np.nan if part["recovered"] is None else 100 * part["recovered"]
+    return np.array([*turned, turned[2] - turned[1], *held, lost, recovered])
+
+
+def over_hands(rows):
+    """Mean, standard deviation (n - 1) and half width of the 95 % interval of every column of rows
+    (hands, columns), of the hands that have a number."""
+    columns = [column[np.isfinite(column)] for column in np.transpose(rows)]
+    return np.transpose([interval(c) if len(c) else (np.nan,) * 3 for c in columns])
+
+
+def gap_table(reports):
+    """The lines of the table: a hand each, then over hands, then over hands for every wrist."""
+    def line(name, row):
+        cells = ("".rjust(width) if np.isnan(x) else f"{x:{width}.{decimals}f}"
+                 for x, (_, width, decimals) in zip(row, GAPS))
+        return f"{name:<13}" + "".join(cells)
+
+    rows = np.array([gap_row(report) for report in reports])
+    lines = [f"{'':13}{'turned, rad':>31}{'TTF, s':>25}{'%':>20}",
+             f"{'hand':<13}" + "".join(name.rjust(width) for name, width, _ in GAPS)]
+    lines += [line(report["port"], row) for report, row in zip(reports, rows)]
+    for name, row in zip(("mean", "std", "95 % +-"), over_hands(rows)):
+        lines.append(line(name, row))
+    for wrist in dict.fromkeys(wrist for report in reports for wrist in report["wrists"]):
+        parts = [report["wrists"][wrist] for report in reports if wrist in report["wrists"]]
+        mean, _, half = over_hands(np.array([gap_row(part) for part in parts]))
+        lines += [line(wrist, mean), line("  95 % +-", half)]
+    return lines
+
+
+def draw_gaps(reports, picture):
+    """Bars of every hand, with the standard error over episodes."""
+    plt = sim.pyplot()
+    figure, axes = plt.subplots(1, 2, figsize=(11, 3.6), layout="constrained")
+    labels = "training simulator", "hand, policy alone", "hand, policy + residual"
+    panels = (("RotR", 1 / H.CONTROL_HZ, "radians turned in 20 s"), ("TTF", 1, "time to fall, s"))
+    for axis, (metric, scale, title) in zip(axes, panels):
+        for k, (kind, color) in enumerate(zip(KINDS, ("0.7", "tab:red", "tab:green"))):
+            numbers = [report[kind][metric] for report in reports]
+            axis.bar(np.arange(len(reports)) + 0.27 * (k - 1), [scale * x["mean"] for x in numbers],
+                     0.25, yerr=[scale * x["sem"] for x in numbers], color=color, label=labels[k])
+        axis.set_xticks(range(len(reports)), [report["port"] for report in reports])
+        axis.set_ylabel(title)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
+    sim.save_figure(figure, picture)
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    tables = parser.add_mutually_exclusive_group(required=True)
+    tables.add_argument("--errors", nargs="+", type=Path, help="table.json files of fit_ndm.py")
+    tables.add_argument("--gaps", nargs="+", type=Path, help="files of deploy.py --compare --json")
+    args = parser.parse_args()
+    if args.errors:
+        print(errors_table(args.errors))
+    if args.gaps:
+        reports, picture = read_gaps(args.gaps), args.gaps[0].with_name("gap.png")
+        print("\n".join(gap_table(reports)))
+        draw_gaps(reports, picture)
+        print(f"bars in {picture}")
+
+
+if __name__ == "__main__":
+    H.run(main)
