@@ -1,4 +1,5 @@
-"""Shared by all tests: a throw-away grasp cache with few grasps, a toy policy, and ways to run the scripts."""
+"""Shared by all tests: a throw-away grasp cache with few grasps, a toy policy, and ways to run the
+scripts."""
 import atexit
 import os
 import shutil
@@ -8,7 +9,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-# in the background or under nohup these are ignored, and the processes that tests start inherit that
+# in the background or under nohup these are ignored, and what tests start inherits that
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 ROOT = Path(__file__).resolve().parent.parent
@@ -16,7 +17,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 # never the user's own cache: the grasps put there below are too few to train with
 os.environ["DEXNDM_CACHE"] = tempfile.mkdtemp(prefix="dexndm-cache-")
 atexit.register(shutil.rmtree, os.environ["DEXNDM_CACHE"], ignore_errors=True)
-os.environ.setdefault("OMP_NUM_THREADS", "1")            # toy sizes: threads only get in each other's way
+# toy sizes: threads only get in each other's way
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
@@ -25,19 +27,16 @@ import hand as H
 import sim
 import train_policy
 
-CUBE = train_policy.FAMILIES["cube"]
+CUBE = sim.FAMILIES["cube"]
 
 
 def small_cache(obj, n=24):
-    """Put n grasps where `grasp_cache` looks for its full number: sampling those would be most of the suite's time, and the
-    scripts that are run as processes of their own are to find them too."""
-    asked = []
-    with pytest.MonkeyPatch.context() as patch:              # whatever the key depends on, this is the path it leads to
-        patch.setattr(Path, "exists", lambda path: True)
-        patch.setattr(sim, "load_npz", lambda path, *names: asked.append(path) or {"grasps": None})
+    """Put n grasps where `grasp_cache` looks for its full number: sampling those would be most of
+    the suite's time, and scripts that run as processes of their own are to find them too."""
+    sample = sim._sample_grasps
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sim, "_sample_grasps", lambda model, name, *_: sample(model, name, n, 1, False))
         sim.grasp_cache(obj, progress=False)
-    if not asked[0].exists():
-        sim.save_npz(asked[0], grasps=sim.grasp_cache(obj, n=n, seed=1, progress=False))
 
 
 @pytest.fixture(scope="session")
@@ -55,15 +54,17 @@ def toy_policy(tmp_path_factory):
     torch.nn.init.zeros_(policy.out.weight)
     torch.nn.init.zeros_(policy.out.bias)
     path = tmp_path_factory.mktemp("toy") / "policy.pt"
-    train_policy.save_checkpoint(path, "policy", config=policy.config, weights=policy.state_dict(), families=["cube"],
-                                 wrists=["palm_up"], axes=["+z"], seed=0)
+    train_policy.save_checkpoint(
+        path, "policy", config=policy.config, weights=policy.state_dict(), families=["cube"],
+        wrists=["palm_up"], axes=["+z"], seed=0)
     return path
 
 
 def start(*command, **options):
     """A script as a user starts it, in a process group of its own."""
-    return subprocess.Popen([sys.executable, *map(str, command)], cwd=options.pop("cwd", ROOT), stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, text=True, start_new_session=True, **options)
+    return subprocess.Popen(
+        [sys.executable, *map(str, command)], cwd=options.pop("cwd", ROOT), text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True, **options)
 
 
 def finish(process):
@@ -79,10 +80,11 @@ def finish(process):
 
 
 def one_line_problem(monkeypatch, capsys, module, *arguments):
-    """Run a script's main as its `__main__` does, expect status 2 and return the one line it prints."""
+    """Run a script's main as its `__main__` does, expect status 2 and return the one line."""
     monkeypatch.setattr(sys, "argv", [module.__name__ + ".py", *map(str, arguments)])
     with pytest.raises(SystemExit) as end:
         H.run(module.main)
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith(("error:", "Traceback"))]
+    printed = capsys.readouterr().err.splitlines()
+    lines = [line for line in printed if line.startswith(("error:", "Traceback"))]
     assert end.value.code == 2 and len(lines) == 1, (end.value.code, lines)
     return lines[0]
