@@ -1084,9 +1084,9 @@ def resolve_port(port):
 
 def _parse_virtual(port):
     """"sim:7" -> (7, DIFFERS); "sim:7:motor+shape" -> (7, ("motor", "shape"))."""
-    _, seed, *differs = port.split(":")
+    _, seed, *differs = port.split(":", 2)
     differs = tuple(differs[0].split("+")) if differs else DIFFERS
-    if not seed.isdigit():
+    if not seed.isdecimal():
         raise H.Problem(f"--port {port}: the seed of a virtual hand is a whole number, as in sim:7")
     if not set(differs) <= set(DIFFERS):
         raise H.Problem(f"--port {port}: a virtual hand differs in {', '.join(DIFFERS)}, "
