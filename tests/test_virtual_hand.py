@@ -235,9 +235,9 @@ def test_an_object_forgets_the_last_episodes_mass_friction_and_centre():
         model = hand.model()
         body = model.body("object")
         assert body.mass[0] == mass
-        now.append([body.inertia, body.ipos, *model.geom_friction, *model.body_invweight0,
-                    *model.opt.gravity, *model.dof_damping])
-    first, second, third = (np.hstack(row) for row in now)
+        now.append(np.hstack([body.inertia, body.ipos, *model.geom_friction,
+                              *model.body_invweight0, *model.opt.gravity, *model.dof_damping]))
+    first, second, third = now
     assert third == pytest.approx(first, rel=1e-12) and not np.allclose(second, first)
 
 
