@@ -698,6 +698,32 @@ class Rotation:
             self.measured += self.rng.uniform(-self.noise, self.noise, (self.n, H.N))
         self.history = push_history(self.history, self.measured, self.target)
 
+    # what `reset` changes in the model of an environment, beside the direction of gravity
+    CHANGED = ("body_mass", "body_inertia", "body_ipos", "geom_friction", "geom_solref",
+               "actuator_gainprm", "actuator_biasprm", "dof_frictionloss")
+
+    def snapshot(self):
+        """Everything that `restore` needs to go on exactly from here, as tensors and text."""
+        arrays = {name: torch.as_tensor(value).clone() for name, value in vars(self).items()
+                  if isinstance(value, (np.ndarray, torch.Tensor)) and name[0] != "_"}
+        models = {field: torch.as_tensor(np.stack([getattr(m, field) for m in self.models]))
+                  for field in self.CHANGED}
+        models["gravity"] = torch.as_tensor(np.stack([m.opt.gravity for m in self.models]))
+        return {"arrays": arrays, "models": models, "blowups": self.blowups,
+                "rng": json.dumps(self.rng.bit_generator.state)}
+
+    def restore(self, saved):
+        """Go on from a `snapshot` of an environment that was made with the same arguments."""
+        for name, value in saved["arrays"].items():
+            getattr(self, name)[:] = value if name == "history" else value.numpy()
+        for i, model in enumerate(self.models):
+            for field in self.CHANGED:
+                getattr(model, field)[:] = saved["models"][field][i].numpy()
+            model.opt.gravity = saved["models"]["gravity"][i].numpy()
+            mujoco.mj_setConst(model, self.datas[0])
+        self.blowups = saved["blowups"]
+        self.rng.bit_generator.state = json.loads(saved["rng"])
+
     def observe(self):
         """The deployable observation, see `observation`: float32 tensor (n, OBSERVED)."""
         return observation(self.history, self.wrist, self.axis)
@@ -740,9 +766,10 @@ class Referee:
                 "RotP": self.RotP / np.maximum(self.held, 1)}
 
 
-def run_episodes(env, act, record=None, title=None, trials=None):
+def run_episodes(env, act, record=None, title=None, trials=None, restarted=None):
     """Let `act(env) -> targets (n, N)` drive every environment of `env` for one 20 s episode, of
-    `trials` if given. Returns the dict of `Referee`; `record(env)` is called after every step."""
+    `trials` if given. Returns the dict of `Referee`. `record(env)` is called after every step, and
+    `restarted(env, ids)` after the environments `ids`, whose objects fell, have been reset."""
     env.begin(trials) if trials else env.reset(np.arange(env.n))
     referee = Referee(env.axis, env.pos, env.quat)
     bar = Progress(title, EPISODE) if title else None
@@ -751,7 +778,10 @@ def run_episodes(env, act, record=None, title=None, trials=None):
         alive = referee(env.pos, env.quat, lost=env.fallen)
         if record:
             record(env)
-        env.reset(np.flatnonzero(env.fallen))
+        ids = np.flatnonzero(env.fallen)
+        env.reset(ids)
+        if restarted:
+            restarted(env, ids)
         if bar:
             turned = referee.RotR.mean() / CONTROL_HZ
             bar(t + 1, f"{turned:.2f} rad, {100 * alive.mean():.0f} % held")
@@ -759,76 +789,99 @@ def run_episodes(env, act, record=None, title=None, trials=None):
 
 
 # --------------------------------------------------------------------------------------- grasps
-GRASPS = 300                     # of each object
-OPEN = 0.25                      # rad, how far fingers start from where they close
-SQUEEZE = 0.15                   # rad, how far a target may lie inside the object
-
-
-def grasp_cache(obj, n=GRASPS, seed=0, progress=True):
-    """Stable grasps of an object, (n, 2 N + 7) = qpos (joints, object position, quaternion) and
-    joint targets. Made once, then read from CACHE under a key of everything that it depends on.
-    Raises `Problem` if the object does not fit the hand."""
-    spec = build(obj)
-    key = json.dumps([spec.to_xml(), H.HAND, n, seed, GRASP_TEST])
-    path = CACHE / f"grasps-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
-    if path.exists():
-        return load_npz(path, "grasps")["grasps"]
-    grasps = _sample_grasps(spec.compile(), obj.name, n, seed, progress)
-    save_npz(path, grasps=grasps)
-    return grasps
-
-
-# A grasp is tried with a heavy and slippery object, first palm down. (With 30 g, friction 1 and no
-# count of fingertips half of the grasps drop the object within 10 s when nothing moves, and
-# training starts from hopeless states.)
+# The fingers close on an object that somebody holds, from OPEN rad outside of a random pose near
+# the canonical grasp to CLOSE rad inside of it. Then it is let go, heavy and slippery: half of the
+# grasps that hold 30 g with friction 1 drop it within 10 s, and training would start from hopeless
+# states. Everything here is part of the key under which grasps are cached.
 GRASP_TEST = {
-    "mass": 0.05, "friction": 0.7, "fingertips": 3, "drift": 0.015, "speed": 1.0,
+    "count": 200, "open": 0.3, "close": 0.15, "near": 0.25, "shift": 0.012, "closing": 0.3,
+    "squeeze": 0.15, "mass": 0.05, "friction": 0.7, "fingertips": 3, "drift": 0.015, "seed": 0,
     "stages": (("palm_up", 0.1), ("palm_up", 0.4), ("palm_down", 0.1), ("palm_down", 0.4)),
 }
 
 
-def _sample_grasps(model, name, n, seed, progress):
-    """Random targets around the canonical grasp (+-0.3 rad) with the object anywhere near the
-    middle of the fingertips (+-12 mm, any turn about z); kept if three fingertips or more bear on
-    the object, which stays where it was under gravity along -z and again along +z."""
-    rng, found, tried = np.random.default_rng(seed), [], 0
+def grasp_cache(obj, progress=True, **changes):
+    """Stable grasps of an object, (count, 2 N + 7) = qpos (joints, object position, quaternion) and
+    joint targets. Made once, then read from CACHE under a key of everything that it depends on.
+    Raises `Problem` if the object does not fit the hand."""
+    spec, test = build(obj), GRASP_TEST | changes
+    key = json.dumps([spec.to_xml(), H.HAND, test])
+    path = CACHE / f"grasps-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
+    if path.exists():
+        return load_npz(path, "grasps")["grasps"]
+    grasps = _sample_grasps(spec.compile(), obj.name, test, progress)
+    save_npz(path, grasps=grasps)
+    return grasps
+
+
+def _opening():
+    """Joint angles (N,), one unit per finger, along which fingertips leave the object fastest."""
+    def distances(q):
+        return np.linalg.norm(_fingertips(q) - CENTRE, axis=1)
+
+    step = 1e-3
+    slope = np.array([distances(H.GRASP + step * joint) for joint in np.eye(H.N)])
+    slope = (slope - distances(H.GRASP)) / step          # (N, 4): a joint moves its own fingertip
+    return (slope / np.linalg.norm(slope, axis=0)).sum(1)
+
+
+def _sample_grasps(model, name, test, progress):
+    rng, found, tried, batch = np.random.default_rng(test["seed"]), [], 0, 128
     datas = [mujoco.MjData(model) for _ in range(os.cpu_count())]
-    set_object(model, datas[0], GRASP_TEST["mass"], GRASP_TEST["friction"],
-               model.body("object").ipos.copy())
-    position, batch = slice(1 + H.N, 4 + H.N), 512
-    bar = Progress(f"grasps {name}", n) if progress else None
+    set_object(model, datas[0], test["mass"], test["friction"], model.body("object").ipos.copy())
+    held = copy.copy(model)                              # by somebody
+    held.opt.gravity[:], held.dof_damping[-6:] = 0, (30, 30, 30, 0.05, 0.05, 0.05)
+    ramp = np.linspace(0, 1, round(test["closing"] / model.opt.timestep))[:, None]
+    opening, bar = _opening(), Progress(f"grasps {name}", test["count"]) if progress else None
+    joints, position = slice(1, 1 + H.N), slice(1 + H.N, 4 + H.N)
+    quaternion, qpos = slice(4 + H.N, 8 + H.N), slice(1, 8 + H.N)
     with rollout.Rollout(nthread=len(datas)) as pool:
-        while len(found) < n:
-            if tried > 400 * n:
+        while len(found) < test["count"]:
+            if tried > 20 * test["count"] + 1000 and len(found) < tried / 100:
                 raise H.Problem(f"{name}: only {len(found)} of {tried} grasps hold; the object "
                                 "does not fit the hand's canonical grasp")
             tried += batch
-            target = np.clip(H.GRASP + rng.uniform(-0.3, 0.3, (batch, H.N)), H.LOW, H.HIGH)
+            pose = H.GRASP + rng.uniform(-test["near"], test["near"], (batch, H.N))
+            start = np.clip(pose + test["open"] * opening, H.LOW, H.HIGH)
+            end = np.clip(pose - test["close"] * opening, NEAR, FAR)
             state = np.zeros((batch, 1 + model.nq + model.nv))
-            state[:, 1:1 + H.N] = target
-            state[:, position] = CENTRE + rng.uniform(-0.012, 0.012, (batch, 3))
+            state[:, joints] = start
+            state[:, position] = CENTRE + rng.uniform(-test["shift"], test["shift"], (batch, 3))
             turn = rng.uniform(-np.pi, np.pi, batch)
-            state[:, 4 + H.N:8 + H.N] = from_axis_angle([[0, 0, 1]] * batch, turn)
-            start = state[:, position].copy()
-            for wrist, seconds in GRASP_TEST["stages"]:
-                model.opt.gravity = 9.81 * gravity(WRISTS[wrist])[0]
-                states, sensors = pool.rollout(
-                    model, datas, state, target[:, None], nstep=round(seconds / model.opt.timestep))
-                state = states[:, -1].copy()
-                touching = (fingertip_sensors(sensors[:, -1])[1][:, :, 0] > 0).sum(1)
-                drift = np.linalg.norm(state[:, position] - start, axis=1)
-                good = (np.isfinite(state).all(1) & (drift < GRASP_TEST["drift"])
-                        & (touching >= GRASP_TEST["fingertips"]))
-                state, start, target = state[good], start[good], target[good]
-                if not len(state):
-                    break
-            velocity = state[:, 1 + model.nq:]
-            still = ((np.abs(velocity).max(1, initial=0) < GRASP_TEST["speed"])
-                     & (np.linalg.norm(velocity[:, H.N:H.N + 3], axis=1) < 0.01))
-            found += list(np.concatenate([state[:, 1:1 + model.nq], target], 1)[still])
+            state[:, quaternion] = from_axis_angle([[0, 0, 1]] * batch, turn)
+            closing = start[:, None] + ramp * (end - start)[:, None]
+            closed = pool.rollout(held, datas, state, closing, nstep=len(ramp))[0][:, -1]
+            state[:, qpos] = closed[:, qpos]
+            target = state[:, joints] + np.clip(
+                end - state[:, joints], -test["squeeze"], test["squeeze"])
+            good = _that_hold(model, datas, pool, state, target, test)
+            found += list(good)
             if bar:
-                bar(min(len(found), n), f"{100 * len(found) / tried:.0f} % hold")
-    return np.array(found[:n])
+                bar(min(len(found), test["count"]), f"{100 * len(found) / tried:.0f} % hold")
+    return np.array(found[:test["count"]])
+
+
+def _that_hold(model, datas, pool, state, target, test):
+    """Of states and joint targets those, as grasps, in which three fingertips or more bear on the
+    object, and it stays where it is under gravity one way and the other."""
+    position = slice(1 + H.N, 4 + H.N)
+    begin = state[:, position].copy()
+    for wrist, seconds in test["stages"]:
+        model.opt.gravity = 9.81 * gravity(WRISTS[wrist])[0]
+        states, sensors = pool.rollout(
+            model, datas, state, target[:, None], nstep=round(seconds / model.opt.timestep))
+        state = states[:, -1].copy()
+        touching = (fingertip_sensors(sensors[:, -1])[1][:, :, 0] > 0).sum(1)
+        drift = np.linalg.norm(state[:, position] - begin, axis=1)
+        good = (np.isfinite(state).all(1) & (drift < test["drift"])
+                & (touching >= test["fingertips"]))
+        state, begin, target = state[good], begin[good], target[good]
+        if not len(state):
+            return []
+    velocity = state[:, 1 + model.nq:]
+    still = ((np.abs(velocity).max(1, initial=0) < 1.0)
+             & (np.linalg.norm(velocity[:, H.N:H.N + 3], axis=1) < 0.01))
+    return np.concatenate([state[:, 1:1 + model.nq], target], 1)[still]
 
 
 # -------------------------------------------------------------------------------- a virtual hand

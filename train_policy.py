@@ -1,136 +1,194 @@
 """Stage 1: a policy that rotates an object in the fingers, learned in simulation.
 
-    python train_policy.py                                        # cuboids and cylinders, +-z, palm up and down
-    python train_policy.py --family cube --wrist palm_up --axis +z --minutes 20 --out runs/cube
+    python train_policy.py                        # cuboids and cylinders, +-z, palm up and down
+    python train_policy.py --family cube --wrist palm_up --axis z+ --steps 4e6 --out runs/cube
 
 reads   nothing (grasps are sampled on first use and cached)
-writes  OUT/oracle-FAMILY.pt   one PPO specialist per object family, sees everything the simulator knows
-        OUT/policy.pt          the generalist: behaviour-cloned from the oracles, sees joint encoders alone
-        OUT/curve.png, OUT/policy.gif, OUT/results.json
-Run it again with the same --out and it goes on where it stopped; Ctrl-C at any moment leaves valid files.
+writes  OUT/oracle-FAMILY.pt   one PPO specialist per object family, which sees everything that the
+                               simulator knows; the best so far and all that training needs to go on
+        OUT/policy.pt          the generalist: cloned from the oracles, sees joint encoders alone
+        OUT/curve.png, OUT/policy-WRIST.gif, OUT/results.json
+Run it again with the same --out and it goes on where it stopped, as if it had not stopped; Ctrl-C
+at any moment leaves valid files.
 
-The method, the reward and its weights are the paper's (arXiv 2510.08556); what differs says why, with a measurement.
+Method, reward and weights are the paper's (arXiv 2510.08556). A comment says where ours differ and
+why; results/README.md has the measurements.
 """
 import argparse
 import hashlib
 import json
 import time
 from pathlib import Path
+from typing import NamedTuple
 
+import sim                       # before torch: it sets how torch's threads wait
 import numpy as np
 import torch
 import torch.nn as nn
 
 import hand as H
-import sim
-from sim import ALPHA, EPISODE
+from sim import EPISODE
 
-# ------------------------------------------------------------------------------------------------------- objects
-# Full sizes in m, +-5 % in size by the choice of members. Aspect ratios as in the paper: normal cylinders 1.6-2.4
-# (height over radius), normal cuboids 1.25-1.5 (longest over shortest edge), and the cube everyone asks about.
-FAMILIES = {
-    "cube": [sim.box(s, s, s) for s in (0.0525, 0.055, 0.0575)],
-    "cuboid": [sim.box(s, s, s * r) for s in (0.0525, 0.0575) for r in (1.0, 1.25)] + [sim.box(0.055, 0.055 / 1.25, 0.055),
-                                                                                      sim.box(0.05, 0.05, 0.075)],
-    "cylinder": [sim.cylinder(d, d / 2 * r) for d in (0.0525, 0.055, 0.0575) for r in (1.6, 2.0, 2.4)],
-}
+# ------------------------------------------------------------------------------ hyperparameters
+ENVS = 512               # hands that are stepped together
+HORIZON = 16             # control steps of each between two updates
+EPOCHS = 3               # passes over these
+MINIBATCHES = 4
+GAMMA = 0.99             # discount
+LAMBDA = 0.95            # of generalised advantage estimation
+CLIP = 0.2               # of PPO's ratio
+KL_TARGET = 0.012        # the learning rate follows the KL divergence that an update makes
+LEARNING_RATE = 5e-4     # at the start...
+SLOWEST, FASTEST = 5e-5, 2e-3
+CLIP_GRADIENT = 1.0      # actor and critic each: one clip for both starves the actor
+MEAN_BOUND = 1.1         # means beyond the clip of the action have no gradient home...
+MEAN_COST = 0.01         # ...so they pay
 
-# ------------------------------------------------------------------------------------------- observation and reward
-# r = a_rot r_rot + a_goal r_goal + a_pen r_pen. Where the weights differ from the paper's, what was measured (2 cores, both
-# wrists, +-z, cuboids and cylinders, 1-2.6 M steps at 0.2 g, one seed each):
-#   C_ROT 0.7, A_ROT 2.5, A_POSE 0.15-0.5, FALL 5-10    twists the object half a turn in one stroke and throws it: 2.6 rad, 4 s
-#   C_ROT 0.5, A_ROT 2.5, A_POSE 0.3, FALL 20           one stroke of 1 rad, then holds: 0.9 rad, 19 s
-#   C_ROT 0.5, A_ROT 5.0, A_POSE 0.3, FALL 20           throws again, rising slowly: 2.6 rad, 10 s
-#   the values below                                    twists and drops: 1.6 rad, 12 s after 2.6 M
-#   the same, but A_ROT halved until it holds           lifts its fingers and takes new holds: 3 rad, 17 s after 3.2 M; see README for the end
-C_ROT = 0.5            # rad/s, clip of the rewarded rotation
-A_ROT = 5.0            # not given in the paper
-A_POSE = 1.0           # paper 0.3; at the end of a stroke it is worth while to lift the fingers one by one and go back
-ALIVE = 1.0            # ours: a held object stays worth more than a thrown one in spite of A_POSE
-A_LIN, A_TORQUE = 0.3, 0.1
-A_WORK = 0.2           # paper 2.0, in the units of another simulator; at 2.0 it outweighs the rotation
-A_ROTP = 0.1           # grows linearly from 0 at the 10th episode to this at the 100th
+# Curriculum. It learns to hold first, with A_ROT halved until HOLDS of an episode is held. Then the
+# level rises from 0 (0.2 g, the nominal hand) to 1 (1 g, all that is randomized) with success at
+# rotating, not at holding: raised on survival alone a policy learns to hold still, and at full
+# gravity from the start it learns half a turn and a drop.
+HOLDS = 0.85
+RAISE_RAD, RAISE_HELD = 4.0, 0.5         # rad per 20 s and share of the episode held
+RAISE = 1 / 16
+
+# The generalist
+ROUNDS = 12              # of one episode in every environment
+CLONING = 3              # rounds per oracle in which the oracle drives
+GRADIENT_STEPS = 400     # after each round
+CLONING_BATCH = 2048
+CLONING_RATE = 1e-3
+KEPT = 0.25              # share of the control steps that are kept: neighbours are alike
+
+# ------------------------------------------------------------------------------------- reward
+# r = a_rot r_rot + a_goal r_goal + a_pen r_pen
+C_ROT = 0.5              # rad/s, clip of the rewarded rotation
+A_ROT = 5.0              # not given in the paper
 A_GOAL, GOAL_BONUS = 0.05, 1.0
-A_CONTACT = 0.1        # ours: per fingertip in contact, up to three
-A_POS = 10.0           # ours, per m from where the grasp held it: objects are squeezed out sideways long before they fall
-FALL_PENALTY = 20.0    # ours: a hold must be worth more than the last quarter turn before a drop
+A_ROTP = 0.1             # grows linearly from 0 at the 10th episode to this at the 100th
+A_LIN, A_TORQUE = 0.3, 0.1
+A_WORK = 0.2             # paper 2.0, in another simulator's units: there it outweighs the rotation
+A_POSE = 1.0             # paper 0.3; at the end of a stroke it pays to lift the fingers and go back
+ALIVE = 1.0              # ours: a held object stays worth more than a thrown one despite A_POSE
+A_CONTACT = 0.1          # ours: per fingertip in contact, up to three
+A_POS = 10.0             # ours, per m from where the grasp held it: objects are squeezed out slowly
+FALL_PENALTY = 20.0      # ours: a hold is worth more than the last quarter turn before a drop
 
 
 class Task:
     """The reward and the privileged observation of one batch of `sim.Rotation` environments."""
 
+    PAST = 3                     # control steps of joint positions and targets
+    KINDS = {"box": 0, "cylinder": 1}
+
     def __init__(self, env):
         self.env = env
         self.goal = np.zeros((env.n, 4))
-        self.target3 = np.zeros((env.n, 3, H.N))
-        self.q3 = np.zeros((env.n, 3, H.N))
-        size = {"box": 0, "cylinder": 1}
-        shapes = [o.parts[0] for o in env.objects]
-        # half extents in dm, and which primitive it is
-        self.shape = np.array([[*(10 * np.resize([*s[1], s[1][-1]], 3)), *np.eye(2)[size.get(s[0], 0)]] for s in shapes])[env.which]
+        self.past_q, self.past_target = (np.zeros((env.n, self.PAST, H.N)) for _ in range(2))
+        # half extents in dm, and which primitive the object is
+        self.shape = np.zeros((len(env.objects), 5))
+        for row, (kind, size, _, _) in zip(self.shape, (o.parts[0] for o in env.objects)):
+            row[:3] = 10 * np.resize([*size, size[-1]], 3)
+            row[3 + self.KINDS[kind]] = 1
+        self.shape = self.shape[env.which]
         self.holds = np.ones(len(env.wrists), bool)
-        self.episodes = 0
+        self.episodes = 0.0                              # per environment, finished or running
         self.start(np.arange(env.n))
 
     def start(self, ids):
+        """Episodes that have just been reset in the environments `ids`."""
         env = self.env
-        self.q3[ids], self.target3[ids] = env.q[ids, None], env.target[ids, None]
-        self._ahead(ids)
+        self.past_q[ids], self.past_target[ids] = env.measured[ids, None], env.target[ids, None]
+        self._set_goal(ids)
         self.episodes += len(ids) / env.n
 
-    def _ahead(self, ids):
+    def _set_goal(self, ids):
         """The guiding goal: the object's own orientation, a quarter turn further about k."""
         env = self.env
-        self.goal[ids] = sim.multiply(sim.from_axis_angle(env.axis[ids], np.full(len(ids), np.pi / 2)), env.quat[ids])
+        quarter = sim.from_axis_angle(env.axis[ids], np.full(len(ids), np.pi / 2))
+        self.goal[ids] = sim.multiply(quarter, env.quat[ids])
+
+    def advance(self):
+        """Once after every `env.step`, before anything is reset."""
+        env = self.env
+        self.past_q = np.concatenate([self.past_q[:, 1:], env.measured[:, None]], 1)
+        self.past_target = np.concatenate([self.past_target[:, 1:], env.target[:, None]], 1)
+        reached = self._goal_angle() < np.radians(15)
+        reward = self._reward(reached)
+        self._set_goal(np.flatnonzero(reached))
+        return reward
+
+    def _goal_angle(self):
+        off = sim.multiply(self.goal, sim.conjugate(self.env.quat))
+        return np.linalg.norm(sim.rotation_vector(off), axis=1)
 
     def torque(self):
+        """What the textbook motors do (n, N) N m."""
         env = self.env
-        return np.clip(H.STIFFNESS * (env.target - env.q) - H.DAMPING * env.dq, -H.TORQUE, H.TORQUE)
+        torque = H.STIFFNESS * (env.target - env.measured) - H.DAMPING * env.dq
+        return np.clip(torque, -H.TORQUE, H.TORQUE)
 
-    def reward(self):
-        """(n,) reward of the control step just made; moves goals that were reached."""
+    def _reward(self, reached):
+        """(n,) reward of the control step just made."""
         env = self.env
-        k, tau = env.axis, self.torque()
+        k, torque = env.axis, self.torque()
         r_rot = np.clip((env.omega * k).sum(1), -C_ROT, C_ROT)
-        angle = np.linalg.norm(sim.rotation_vector(sim.multiply(self.goal, sim.conjugate(env.quat))), axis=1)
-        reached = angle < np.radians(15)
-        r_goal = np.clip(0.2 / (angle + 0.1), 0, 1) + GOAL_BONUS / A_GOAL * reached
-        self._ahead(np.flatnonzero(reached))
+        a_rot = A_ROT * np.where(self.holds, 1.0, 0.5)[env.which_wrist]
+        r_goal = np.clip(0.2 / (self._goal_angle() + 0.1), 0, 1) + GOAL_BONUS / A_GOAL * reached
         a_rotp = A_ROTP * np.clip((self.episodes - 10) / 90, 0, 1)
-        r_pen = (-a_rotp * np.abs(np.cross(env.omega, k)).sum(1) - A_LIN * (env.vel[:, :3] ** 2).sum(1)
-                 - A_POSE * ((env.q - H.GRASP) ** 2).sum(1) - A_WORK * np.abs(tau * env.dq).sum(1)
-                 - A_TORQUE * (tau ** 2).sum(1))
+        r_pen = (
+            -a_rotp * np.abs(np.cross(env.omega, k)).sum(1)
+            - A_LIN * (env.vel[:, :3] ** 2).sum(1)
+            - A_POSE * ((env.q - H.GRASP) ** 2).sum(1)
+            - A_WORK * np.abs(torque * env.dq).sum(1)
+            - A_TORQUE * (torque ** 2).sum(1))
         contacts = np.minimum((env.contact[:, :, 0] > 0).sum(1), 3)
         drift = np.minimum(np.linalg.norm(env.pos - env.home, axis=1), sim.FALL)
-        a_rot = A_ROT * np.where(self.holds, 1.0, 0.5)[env.which_wrist]
         r = ALIVE + a_rot * r_rot + A_GOAL * r_goal + r_pen + A_CONTACT * contacts - A_POS * drift
-        # squares of speeds have no bound: one glitch of the simulator among 4 M steps spoiled the scale of the returns, then the critic
-        # (explained variance 0.97 -> 0.2), then the policy (5.5 rad -> 0.6)
+        # squares of speeds have no bound, and one glitch of the simulator among millions of steps
+        # spoils the scale of the returns, then the critic, then the policy
         return np.maximum(r, -FALL_PENALTY) - FALL_PENALTY * env.fallen
 
     def observe(self):
-        """The privileged observation (n, 254), float32, the blocks of the paper's table; what mattered most: contacts
-        and fingertips relative to the object (without them 2-3 rad, with them 13)."""
+        """The privileged observation, float32 tensor (n, 254). What matters most: contacts, and
+        fingertips relative to the object. The columns: scale, which makes a usual value about 1,
+        and values (rad, m, rad/s, m/s, N, N m, kg)."""
         env = self.env
-        noise = env.rng.uniform(-env.noise, env.noise, (env.n, H.N))
-        self.q3 = np.concatenate([self.q3[:, 1:], (env.q + noise)[:, None]], 1)
-        self.target3 = np.concatenate([self.target3[:, 1:], env.target[:, None]], 1)
         n, (w, x, y, z) = env.n, env.quat.T
-        R = np.stack([1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * y + w * z), 1 - 2 * (x * x + z * z),
-                      2 * (x * z - w * y), 2 * (y * z + w * x)], 1)      # first two columns of the rotation matrix: no sign flips
+        # two columns of the rotation matrix: q and -q, the same orientation, look the same
+        turned = np.stack([
+            1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * y + w * z),
+            1 - 2 * (x * x + z * z), 2 * (x * z - w * y), 2 * (y * z + w * x)], 1)
         goal = sim.multiply(self.goal, sim.conjugate(env.quat))
-        blocks = [
-            (self.q3 - H.GRASP).reshape(n, -1) * 2, 10 * (self.target3 - self.q3).reshape(n, -1), env.dq * 0.5,
-            20 * (env.tips - env.pos[:, None]).reshape(n, -1), 20 * (env.tips - sim.CENTRE).reshape(n, -1),
-            5 * env.tip_vel.reshape(n, -1), 20 * (env.pos - sim.CENTRE), R, 5 * env.vel[:, :3], 0.5 * env.vel[:, 3:],
-            0.5 * env.omega, goal * np.sign(goal[:, :1] + 1e-9), 10 * self.torque(),
-            np.minimum(env.contact[:, :, 0], 1), np.clip(env.contact[:, :, 1:].reshape(n, -1), -3, 3),
-            env.wrist, env.axis, self.shape, 20 * env.mass[:, None], env.friction[:, None], env.g[:, None] * 10 * env.mass[:, None],
-        ]
-        return np.concatenate(blocks, 1).astype(np.float32)
+        force = np.clip(env.contact[:, :, 1:], -3, 3)
+        blocks = (
+            (2.0, self.past_q - H.GRASP),                        # 48  joint positions, 3 steps
+            (10.0, self.past_target - self.past_q),              # 48  targets: the load on each
+            (0.5, env.dq),                                       # 16  joint velocities
+            (20.0, env.tips - env.pos[:, None]),                 # 12  fingertips from the object
+            (20.0, env.tips - sim.CENTRE),                       # 12  fingertips in the hand
+            (5.0, env.tip_vel),                                  # 12  their velocities
+            (20.0, env.pos - sim.CENTRE),                        #  3  object position
+            (1.0, turned),                                       #  6  object orientation
+            (5.0, env.vel[:, :3]),                               #  3  its velocity
+            (0.5, env.vel[:, 3:]),                               #  3  its angular velocity
+            (0.5, env.omega),                                    #  3  the same over the last step
+            (1.0, goal * np.sign(goal[:, :1] + 1e-9)),           #  4  from here to the goal
+            (10.0, self.torque()),                               # 16  motor torques
+            (1.0, np.minimum(env.contact[:, :, 0], 1)),          #  4  which fingertips touch
+            (1.0, force),                                        # 12  with what force
+            (1.0, env.wrist),                                    #  4  wrist orientation
+            (1.0, env.axis),                                     #  3  rotation axis k
+            (1.0, self.shape),                                   #  5  object size and kind
+            (20.0, env.mass[:, None]),                           #  1
+            (1.0, env.friction[:, None]),                        #  1
+            (10.0, (env.g * env.mass)[:, None]),                 #  1  its weight
+        )
+        rows = [scale * np.reshape(values, (n, -1)) for scale, values in blocks]
+        return torch.from_numpy(np.concatenate(rows, 1).astype(np.float32))
 
 
-# ------------------------------------------------------------------------------------------------------- networks
+# ----------------------------------------------------------------------------------- networks
 def mlp(*sizes):
     layers = []
     for a, b in zip(sizes[:-1], sizes[1:]):
@@ -151,7 +209,8 @@ class Normalizer(nn.Module):
         n, mean, var = x.shape[0], x.mean(0), x.var(0, unbiased=False)
         delta, total = mean - self.mean, self.count + n
         self.mean += delta * n / total
-        self.var.copy_((self.var * self.count + var * n + delta ** 2 * self.count * n / total) / total)
+        between = delta ** 2 * self.count * n / total
+        self.var.copy_((self.var * self.count + var * n + between) / total)
         self.count.copy_(total)
 
     def forward(self, x):
@@ -159,12 +218,13 @@ class Normalizer(nn.Module):
 
 
 class Oracle(nn.Module):
-    """Actor and critic on the privileged observation; the action is delta, 16 numbers in [-1, 1] after clipping."""
+    """Actor and critic on the privileged observation; the action is delta, N numbers in [-1, 1]
+    after clipping, drawn from a Gaussian."""
 
     def __init__(self, size):
         super().__init__()
         self.norm = Normalizer(size)
-        self.returns = Normalizer(())
+        self.returns = Normalizer(())            # only their standard deviation is used
         self.actor, self.critic = mlp(size, 256, 192, 128, H.N), mlp(size, 256, 192, 128, 1)
         self.log_std = nn.Parameter(torch.full((H.N,), -0.5))
         for net, gain in ((self.actor, 0.01), (self.critic, 1.0)):
@@ -174,13 +234,21 @@ class Oracle(nn.Module):
     def act(self, obs):
         return self.actor(self.norm(obs))
 
+    def value(self, obs):
+        return self.critic(self.norm(obs))[:, 0]
+
+    def log_prob(self, mean, action):
+        """Log density (n,), but for the constant, which cancels in every ratio."""
+        return (-0.5 * ((action - mean) / self.log_std.exp()) ** 2 - self.log_std).sum(1)
+
 
 class Generalist(nn.Module):
-    """The deployable policy: residual blocks y = relu(A(x) + C(relu(B(x)))) on `sim.deployable` observations.
+    """The deployable policy: residual blocks y = relu(A(x) + C(relu(B(x)))) on `sim.observation`.
 
-    Five blocks as in the paper; width 256 instead of 1024 keeps a checkpoint at 4 MB and a step below a millisecond."""
+    Five blocks as in the paper; width 256 instead of 1024 keeps a checkpoint at 4 MB and a step
+    below a millisecond."""
 
-    def __init__(self, size=2 * H.N * sim.W + 7, width=256, blocks=5):
+    def __init__(self, size=sim.OBSERVED, width=256, blocks=5):
         super().__init__()
         self.config = {"size": size, "width": width, "blocks": blocks}
         self.norm = Normalizer(size)
@@ -197,15 +265,17 @@ class Generalist(nn.Module):
         return self.out(x)
 
 
-# ------------------------------------------------------------------------------------------------------------- files
+# -------------------------------------------------------------------------------- checkpoints
 def save_checkpoint(path, kind, **content):
-    """torch.save, whole or not at all. `kind`, the hand and its joints are written into every file."""
-    with H.whole(path) as file:
-        torch.save({"kind": kind, "hand": H.HAND, "joints": [j.name for j in H.JOINTS], **content}, file)
+    """torch.save, all or nothing. `kind`, the hand and its joints are written into every file."""
+    joints = [joint.name for joint in H.JOINTS]
+    with H.atomic_file(path) as file:
+        torch.save({"kind": kind, "hand": H.HAND, "joints": joints, **content}, file)
 
 
 def load_checkpoint(path, kind):
-    """A dict that `save_checkpoint` wrote. Raises `Problem` if it is missing, broken, of another kind or another hand."""
+    """A dict that `save_checkpoint` wrote. Raises `Problem` if it is missing, broken, of another
+    kind or of another hand."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         found, name, joints = content["kind"], content["hand"], content["joints"]
@@ -215,13 +285,14 @@ def load_checkpoint(path, kind):
         raise H.Problem(f"{path} is not a checkpoint of this program ({type(error).__name__})")
     if found != kind:
         raise H.Problem(f"{path} holds a {found}, not a {kind}")
-    if name != H.HAND or joints != [j.name for j in H.JOINTS]:
+    if name != H.HAND or joints != [joint.name for joint in H.JOINTS]:
         raise H.Problem(f"{path} is for the hand {name}; the table in hand.py describes {H.HAND}")
     return content
 
 
 def load_network(path, kind, network):
-    """The `network` class in `path` with its weights, and what else the file says. Raises `Problem` as `load_checkpoint` does."""
+    """The `network` class in `path` with its weights, and what else the file says. Raises `Problem`
+    as `load_checkpoint` does."""
     content = load_checkpoint(path, kind)
     try:
         net = network(**content["config"])
@@ -232,7 +303,8 @@ def load_network(path, kind, network):
 
 
 def load_policy(path):
-    """The generalist in `path`, ready to be called on (n, 327) float32 tensors, and what else the file says."""
+    """The generalist in `path`, ready to be called on (n, OBSERVED) float32 tensors, and what else
+    the file says."""
     return load_network(path, "policy", Generalist)
 
 
@@ -267,303 +339,458 @@ def simulate(policy, content, wrists, episodes, seed, title="simulate the policy
     return {name: torch.tensor(x[held], dtype=torch.float32) for name, x in rows.items()}
 
 
-# --------------------------------------------------------------------------------------------------------------- PPO
-def log_prob(mu, log_std, a):
-    """Log density (n,) of actions a (n, 16) under a Gaussian, but for the constant, which cancels in every ratio."""
-    return (-0.5 * ((a - mu) / log_std.exp()) ** 2 - log_std).sum(1)
+# ---------------------------------------------------------------------------------------- PPO
+class Row(NamedTuple):
+    """One point of a training curve: the last ENVS / 4 episodes of one wrist."""
+    family: str
+    wrist: str
+    steps: int           # control steps in all
+    seconds: float       # of training
+    turned: float        # rad per 20 s
+    held: float          # share of the episode
+    level: float         # of the curriculum
+    explained: float     # share of the variance of returns that the critic explains
+    kl: float
 
 
-def train_oracle(family, args, minutes, path, curve):
-    """One specialist by PPO on the privileged observation; returns it. Goes on from `path` if that is there."""
-    n, horizon, epochs, batches = args.envs, 16, 3, 4
-    gamma, lam, clip, kl_target = 0.99, 0.95, 0.2, 0.012
-    torch.manual_seed(args.seed)
-    env = sim.Rotation(n, objects_of(family), args.wrist, args.axis, seed=args.seed)
-    task = Task(env)
-    obs = torch.from_numpy(task.observe())
-    oracle = Oracle(obs.shape[1])
-    opt = torch.optim.Adam(oracle.parameters(), lr=5e-4, eps=1e-5, fused=True)
-    # Gravity rises with success at rotating, not at holding: raised on survival alone a policy learns to hold still
-    # (1.6 rad); at full gravity from the start it learns half a turn and a drop (3 rad, 4 s).
-    level = np.full(len(args.wrist), 0.2)
-    # Before that it learns to hold, with A_ROT halved until 85 % of an episode is held.
-    holds = task.holds
-    holds[:] = False
-    done_s, steps, best, lr = 0.0, 0, -1.0, 5e-4
-    if path.exists():
-        saved = load_checkpoint(path, "oracle")
-        if saved["size"] != obs.shape[1]:
-            raise H.Problem(f"{path} was trained with another observation; choose another --out")
-        oracle.load_state_dict(saved["last"])
-        opt.load_state_dict(saved["opt"])
-        level, done_s, steps, best, lr = np.array(saved["level"]), saved["seconds"], saved["steps"], saved["best"], saved["lr"]
-        best_weights = saved["weights"]
-        holds[:] = saved["holds"]
-        curve[:] = [row for row in saved["curve"]]
-    env.gravity_scale = level
-    env.reset(np.arange(n))
-    task.start(np.arange(n))
-    obs = torch.from_numpy(task.observe())
-    if done_s == 0:                                          # spread the first time limits over the episode, or all end at once
-        env.steps[:] = env.rng.integers(0, EPISODE // 2, n)
-    turned, born = np.zeros(n), env.steps.copy()
-    recent = [[] for _ in args.wrist]                        # (rad per 20 s, steps held / steps possible) of finished episodes
-    start, saved_at = time.monotonic(), time.monotonic()
-    bar = sim.Progress(f"oracle {family}", minutes * 60, " s")
-    keep = lambda *shape: torch.zeros(horizon, n, *shape)
-    O, A, LP, R, D, V, VT = keep(obs.shape[1]), keep(H.N), keep(), keep(), keep(), keep(), keep()
+class Curriculum:
+    """Counts finished episodes for each wrist and raises `env.level` and `task.holds`."""
 
-    while True:
-        # --- rollout
-        for t in range(horizon):
-            with torch.no_grad():
-                oracle.norm.update(obs)
-                x = oracle.norm(obs)
-                mu, V[t] = oracle.actor(x), oracle.critic(x)[:, 0]
-                std = oracle.log_std.exp()
-                a = mu + std * torch.randn_like(mu)
-                O[t], A[t], LP[t] = x, a, log_prob(mu, oracle.log_std, a)
-            env.step(env.target + ALPHA * a.clamp(-1, 1).numpy())
-            r = task.reward()
-            turned += (env.omega * env.axis).sum(1) / sim.CONTROL_HZ
-            ended = env.fallen | (env.steps >= EPISODE)
-            obs = torch.from_numpy(task.observe())
-            with torch.no_grad():                            # a time limit is no failure: its value goes on
-                VT[t] = oracle.critic(oracle.norm(obs))[:, 0] if ended.any() else 0
-            R[t] = torch.from_numpy(r)
-            D[t] = torch.from_numpy(ended.astype(np.float32))
-            VT[t] *= torch.from_numpy((ended & ~env.fallen).astype(np.float32))
-            if ended.any():
-                ids = np.flatnonzero(ended)
-                for i in ids:
-                    life = max(env.steps[i] - born[i], 1)
-                    recent[env.which_wrist[i]].append((turned[i] * EPISODE / (EPISODE - born[i]), life / (EPISODE - born[i])))
-                turned[ids], born[ids] = 0, 0
-                env.reset(ids)
-                task.start(ids)
-                obs = torch.from_numpy(task.observe())
-            steps += n
-        # --- advantages (GAE), returns in units of their running standard deviation
+    def __init__(self, env, task):
+        self.env, self.task = env, task
+        env.level[:] = 0
+        task.holds[:] = False
+        self.turned, self.born = np.zeros(env.n), np.zeros(env.n, int)
+        self.recent = [[] for _ in env.wrists]           # (rad per 20 s, share held)
+
+    def count(self, ended):
+        """A control step was made, in which the episodes `ended` (n,) bool came to their end."""
+        env = self.env
+        self.turned += (env.omega * env.axis).sum(1) / sim.CONTROL_HZ
+        for i in np.flatnonzero(ended):
+            possible = EPISODE - self.born[i]            # first episodes begin in their middle
+            held = max(env.steps[i] - self.born[i], 1) / possible
+            turned = self.turned[i] * EPISODE / possible
+            self.recent[env.which_wrist[i]].append((float(turned), float(held)))
+        self.turned[ended], self.born[ended] = 0, 0
+
+    def raise_levels(self):
+        """Yields (wrist, rad per 20 s, share held, level) for each wrist with enough episodes."""
+        env = self.env
+        for w, wrist in enumerate(env.wrists):
+            if len(self.recent[w]) < env.n // 4:
+                continue
+            turned, held = np.mean(self.recent[w], 0)
+            self.recent[w] = []
+            self.task.holds[w] |= held > HOLDS
+            if turned > RAISE_RAD and held > RAISE_HELD:
+                env.level[w] = min(1.0, env.level[w] + RAISE)
+            yield wrist, float(turned), float(held), float(env.level[w])
+
+
+def roll_out(oracle, env, task, curriculum, obs):
+    """HORIZON control steps of every environment. Returns a dict of (HORIZON, n, ...) tensors and
+    the observation after them."""
+    rows = {name: [] for name in ("obs", "action", "log_prob", "reward", "ended", "value", "after")}
+    for _ in range(HORIZON):
+        oracle.norm.update(obs)
+        x = oracle.norm(obs)
+        mean, value = oracle.actor(x), oracle.critic(x)[:, 0]
+        action = mean + oracle.log_std.exp() * torch.randn_like(mean)
+        env.step(sim.next_target(env.target, action.numpy()))
+        reward = torch.from_numpy(task.advance()).float()
+        ended = env.fallen | (env.steps >= EPISODE)
+        curriculum.count(ended)
+        # a time limit is no failure: the value of what would have come next goes on
+        after = torch.zeros(env.n)
+        if ended.any():
+            obs = task.observe()
+            out_of_time = torch.from_numpy(ended & ~env.fallen)
+            after = torch.where(out_of_time, oracle.value(obs), after)
+            ids = np.flatnonzero(ended)
+            env.reset(ids)
+            task.start(ids)
+        obs = task.observe()
+        step = (x, action, oracle.log_prob(mean, action), reward, torch.from_numpy(ended), value,
+                after)
+        for name, tensor in zip(rows, step):
+            rows[name].append(tensor)
+    return {name: torch.stack(tensors) for name, tensors in rows.items()}, obs
+
+
+def advantages(oracle, batch, obs):
+    """Generalised advantage estimation; returns are in units of their running standard deviation.
+    Adds "advantage" and "return" (HORIZON, n) to the batch."""
+    scale = oracle.returns.var.sqrt()
+    reward, value, ended = batch["reward"] / scale, batch["value"], batch["ended"]
+    following = torch.cat([value[1:], oracle.value(obs)[None]])
+    following = torch.where(ended, batch["after"], following)
+    advantage, running = torch.zeros_like(reward), torch.zeros(reward.shape[1])
+    for t in reversed(range(HORIZON)):
+        error = reward[t] + GAMMA * following[t] - value[t]
+        running = error + GAMMA * LAMBDA * ~ended[t] * running
+        advantage[t] = running
+    batch["advantage"], batch["return"] = advantage, advantage + value
+    oracle.returns.update((batch["return"] * scale).flatten())
+
+
+def update(oracle, optimizer, batch):
+    """PPO's clipped update. Returns the KL divergence that it made and the share of ratios that
+    were clipped; the learning rate follows the first."""
+    flat = {name: tensor.flatten(0, 1) for name, tensor in batch.items()}
+    divergences, clipped = [], []
+    for _ in range(EPOCHS):
+        for index in torch.randperm(len(flat["obs"])).chunk(MINIBATCHES):
+            part = {name: tensor[index] for name, tensor in flat.items()}
+            mean = oracle.actor(part["obs"])
+            log_ratio = oracle.log_prob(mean, part["action"]) - part["log_prob"]
+            ratio = log_ratio.exp()
+            gain = part["advantage"]
+            gain = (gain - gain.mean()) / (gain.std() + 1e-8)
+            surrogate = torch.min(ratio * gain, ratio.clamp(1 - CLIP, 1 + CLIP) * gain).mean()
+            beyond = ((mean.abs() - MEAN_BOUND).clamp(min=0) ** 2).sum(1).mean()
+            miss = (oracle.critic(part["obs"])[:, 0] - part["return"]).pow(2).mean()
+            optimizer.zero_grad()
+            (-surrogate + MEAN_COST * beyond + miss).backward()
+            actor = [*oracle.actor.parameters(), oracle.log_std]
+            nn.utils.clip_grad_norm_(actor, CLIP_GRADIENT)
+            nn.utils.clip_grad_norm_(oracle.critic.parameters(), CLIP_GRADIENT)
+            optimizer.step()
+            divergences.append((ratio - 1 - log_ratio).mean().item())
+            clipped.append(((ratio - 1).abs() > CLIP).float().mean().item())
+    kl = float(np.mean(divergences[-MINIBATCHES:]))
+    for group in optimizer.param_groups:
+        if kl > 2 * KL_TARGET:
+            group["lr"] = max(group["lr"] / 1.5, SLOWEST)
+        elif kl < KL_TARGET / 2:
+            group["lr"] = min(group["lr"] * 1.5, FASTEST)
+    return kl, float(np.mean(clipped))
+
+
+class Training:
+    """One specialist in training by PPO, and everything that its checkpoint holds."""
+
+    def __init__(self, family, args, path):
+        self.family, self.path, self.seed = family, path, args.seed
+        torch.manual_seed(args.seed)
+        self.env = sim.Rotation(args.envs, sim.objects_of(family), args.wrist, args.axis,
+                                args.seed, randomize=args.randomize)
+        self.task = Task(self.env)
+        self.curriculum = Curriculum(self.env, self.task)
+        everyone = np.arange(self.env.n)
+        self.env.reset(everyone)                         # at level 0
+        self.task.start(everyone)
+        # spread the first time limits over the episode, or all of them end at once
+        self.env.steps[:] = self.env.rng.integers(0, EPISODE // 2, self.env.n)
+        self.curriculum.born[:] = self.env.steps
+        self.obs = self.task.observe()
+        self.oracle = Oracle(self.obs.shape[1])
+        self.optimizer = torch.optim.Adam(
+            self.oracle.parameters(), lr=LEARNING_RATE, eps=1e-5, fused=True)
+        self.curve, self.steps, self.seconds = [], 0, 0.0
+        self.best, self.best_weights = -1.0, None
+        if path.exists():
+            self._resume(load_checkpoint(path, "oracle"))
+
+    def iterate(self):
+        """One batch: act, judge, learn. Returns the numbers that experts look at."""
+        began = time.monotonic()
         with torch.no_grad():
-            scale = oracle.returns.var.sqrt()
-            last = oracle.critic(oracle.norm(obs))[:, 0]
-            adv, gae = torch.zeros_like(R), torch.zeros(n)
-            for t in reversed(range(horizon)):
-                nxt = last if t == horizon - 1 else V[t + 1]
-                nxt = torch.where(D[t] > 0, VT[t], nxt)
-                gae = R[t] / scale + gamma * nxt - V[t] + gamma * lam * (1 - D[t]) * gae
-                adv[t] = gae
-            ret = adv + V
-            oracle.returns.update((ret * scale).flatten())
-            explained = 1 - (ret - V).var() / ret.var()
-        # --- update; actor and critic have their own gradient clips, or a large value loss starves the actor
-        flat = lambda x: x.reshape(-1, *x.shape[2:])
-        o, a, lp, g, rt = map(flat, (O, A, LP, adv, ret))
-        kls, clipped = [], []
-        for _ in range(epochs):
-            for idx in torch.randperm(len(o)).chunk(batches):
-                mu = oracle.actor(o[idx])
-                new = log_prob(mu, oracle.log_std, a[idx])
-                ratio = (new - lp[idx]).exp()
-                ga = g[idx]
-                ga = (ga - ga.mean()) / (ga.std() + 1e-8)
-                loss_pi = -torch.min(ratio * ga, ratio.clamp(1 - clip, 1 + clip) * ga).mean()
-                bound = ((mu.abs() - 1.1).clamp(min=0) ** 2).sum(1).mean()     # means beyond the clip have no gradient home
-                loss_v = (oracle.critic(o[idx])[:, 0] - rt[idx]).pow(2).mean()
-                entropy = oracle.log_std.sum()
-                opt.zero_grad()
-                (loss_pi + 0.01 * bound - args.entropy * entropy + loss_v).backward()
-                nn.utils.clip_grad_norm_([*oracle.actor.parameters(), oracle.log_std], 1.0)
-                nn.utils.clip_grad_norm_(oracle.critic.parameters(), 1.0)
-                opt.step()
-                with torch.no_grad():
-                    kls.append(((ratio - 1) - (new - lp[idx])).mean().item())
-                    clipped.append(((ratio - 1).abs() > clip).float().mean().item())
-            kl = float(np.mean(kls[-batches:]))              # the step size follows the KL divergence that it makes
-            lr = max(lr / 1.5, 5e-5) if kl > 2 * kl_target else min(lr * 1.5, 2e-3) if kl < kl_target / 2 else lr
-            for group in opt.param_groups:
-                group["lr"] = lr
-        # --- curriculum
-        for w in range(len(args.wrist)):
-            if len(recent[w]) >= n // 4:
-                rot, held = np.mean(recent[w], 0)
-                holds[w] |= held > 0.85
-                if level[w] < 1 and rot > 4.0 and held > 0.5:
-                    level[w] = min(1.0, level[w] + 0.05)
-                curve.append([family, w, steps, done_s + time.monotonic() - start, float(rot), float(20 * held), float(level[w]),
-                              float(explained), kl])
-                score = np.mean([c[4] * c[6] for c in curve[-8:]])
-                if score > best and len(curve) >= 8:
-                    best, best_weights = score, {k: v.clone() for k, v in oracle.state_dict().items()}
-                recent[w] = []
-        # --- progress, checkpoint
-        seconds = done_s + time.monotonic() - start
-        over = seconds >= minutes * 60
-        latest = {c[1]: c for c in curve[-2 * len(args.wrist):]}
-        bar(min(seconds, minutes * 60), "  ".join(f"{args.wrist[w]}: {c[4]:.1f} rad {c[5]:.0f} s at {c[6]:.2f} g" for w, c in
-            sorted(latest.items())) + f"  ev {explained:.2f} kl {kl:.3f} clip {np.mean(clipped):.2f} std {oracle.log_std.exp().mean():.2f}"
-            f" lr {lr:.0e} blown up {env.blowups}  {steps / 1e6:.2f} M, {steps / seconds:,.0f} steps/s")
-        if over or time.monotonic() - saved_at > 60:
-            saved_at = time.monotonic()
-            save_checkpoint(path, "oracle", family=family, size=O.shape[2], weights=best_weights if best > 0 else oracle.state_dict(),
-                            last=oracle.state_dict(), opt=opt.state_dict(), level=level.tolist(), holds=holds.tolist(), seconds=seconds, steps=steps,
-                            best=float(best), lr=lr, curve=curve, seed=args.seed)
-        if over:
-            break
-    oracle.load_state_dict(best_weights if best > 0 else oracle.state_dict())
-    return oracle
+            batch, self.obs = roll_out(
+                self.oracle, self.env, self.task, self.curriculum, self.obs)
+            advantages(self.oracle, batch, self.obs)
+        explained = 1 - (batch["return"] - batch["value"]).var() / batch["return"].var()
+        kl, clipped = update(self.oracle, self.optimizer, batch)
+        self.steps += self.env.n * HORIZON
+        self.seconds += time.monotonic() - began
+        for wrist, turned, held, level in self.curriculum.raise_levels():
+            self.curve.append(Row(self.family, wrist, self.steps, self.seconds, turned, held,
+                                  level, float(explained), kl))
+            # the best by what it turns against gravity, over the last few rows of every wrist
+            recent = self.curve[-4 * len(self.env.wrists):]
+            score = np.mean([row.turned * (0.2 + 0.8 * row.level) for row in recent])
+            if score > self.best and len(recent) == 4 * len(self.env.wrists):
+                self.best, self.best_weights = float(score), self._weights()
+        return f"ev {explained:.2f} kl {kl:.3f} clip {clipped:.2f}"
+
+    def _weights(self):
+        return {name: tensor.clone() for name, tensor in self.oracle.state_dict().items()}
+
+    def status(self):
+        """One line: rotation, holding and gravity per wrist, noise, learning rate."""
+        latest = {row.wrist: row for row in self.curve}
+        wrists = "  ".join(
+            f"{row.wrist}: {row.turned:.1f} rad {20 * row.held:.0f} s at level {row.level:.2f}"
+            for row in latest.values())
+        std, rate = self.oracle.log_std.exp().mean(), self.optimizer.param_groups[0]["lr"]
+        return f"{wrists}  std {std:.2f} lr {rate:.0e} blown up {self.env.blowups}"
+
+    def save(self):
+        task, curriculum = self.task, self.curriculum
+        save_checkpoint(
+            self.path, "oracle", family=self.family, seed=self.seed, steps=self.steps,
+            seconds=self.seconds, best=self.best, weights=self.best_weights or self._weights(),
+            last=self.oracle.state_dict(), optimizer=self.optimizer.state_dict(),
+            curve=[list(row) for row in self.curve], wrists=self.env.wrists,
+            envs=self.env.n, env=self.env.snapshot(), torch_rng=torch.get_rng_state(),
+            task={name: torch.as_tensor(value) for name, value in (
+                ("goal", task.goal), ("past_q", task.past_q), ("past_target", task.past_target),
+                ("holds", task.holds), ("episodes", task.episodes))},
+            turned=torch.as_tensor(curriculum.turned), born=torch.as_tensor(curriculum.born),
+            recent=curriculum.recent)
+
+    def _resume(self, saved):
+        try:
+            self.oracle.load_state_dict(saved["last"])
+            if saved["wrists"] != self.env.wrists or saved["envs"] != self.env.n:
+                raise KeyError
+            self.env.restore(saved["env"])
+            self.optimizer.load_state_dict(saved["optimizer"])
+            for name, value in saved["task"].items():
+                setattr(self.task, name, value.numpy() if value.ndim else value.item())
+            self.curriculum.turned = saved["turned"].numpy()
+            self.curriculum.born = saved["born"].numpy()
+            self.curriculum.recent = saved["recent"]
+            self.steps, self.seconds = saved["steps"], saved["seconds"]
+            self.best, self.best_weights = saved["best"], saved["weights"]
+            self.curve = [Row(*row) for row in saved["curve"]]
+        except (KeyError, RuntimeError, TypeError):
+            raise H.Problem(f"{self.path} was trained for something else; choose another --out")
+        torch.set_rng_state(saved["torch_rng"])
+        self.obs = self.task.observe()
 
 
-# -------------------------------------------------------------------------------------------------- the generalist
-def distil(oracles, args, minutes, path):
-    """One generalist from the oracles, on deployable observations, in rounds of one episode in every environment.
+def train_oracle(family, args, path):
+    """Train a specialist for args.steps control steps, or args.minutes; goes on from `path` if that
+    is there. Returns the best oracle, its curve and the seconds of training."""
+    training = Training(family, args, path)
+    bar = sim.Progress(f"oracle {family}", args.steps, " steps")
+    saved = time.monotonic()
+    limit = 48 * args.minutes / len(args.family) if args.minutes else np.inf
+    while training.steps < args.steps and training.seconds < limit:
+        losses = training.iterate()
+        bar(min(training.steps, args.steps), f"{training.status()}  {losses}")
+        if time.monotonic() - saved > 60:
+            saved = time.monotonic()
+            training.save()
+    training.save()
+    oracle = training.oracle
+    oracle.load_state_dict(training.best_weights or oracle.state_dict())
+    return oracle, training.curve, training.seconds
 
-    The first rounds are the paper's behaviour cloning: the oracle drives with a little noise, the label is what it would do
-    without, and only episodes that lasted all 400 steps are kept. In the later rounds the student drives and the oracle says
-    what it would have done (DAgger). The paper found that unstable; here three rounds of cloning (600,000 steps) gave 16.4 rad and
-    15.4 s, five more rounds with the student driving 17.5 rad and 17 s (one seed, 512 episodes)."""
-    torch.manual_seed(args.seed)
-    n = args.envs
-    student = Generalist()
-    X, Y, buffer = [], [], 12                                # rounds that are kept
-    opt = torch.optim.Adam(student.parameters(), lr=1e-3, fused=True)
-    task_of = dict(families=families_of(args), wrists=args.wrist, axes=args.axis)
-    rounds, seconds = 0, 0.0
-    if path.exists():
-        saved = load_checkpoint(path, "policy")
-        if any(saved.get(name) != value for name, value in task_of.items()) or "rounds" not in saved:
-            raise H.Problem(f"{path} was trained for something else; choose another --out")
-        student.load_state_dict(saved["weights"])
-        rounds, seconds = saved["rounds"], saved["seconds"]
-    if seconds >= minutes * 60:
-        return student.eval()
-    start = time.monotonic() - seconds
-    bar = sim.Progress("generalist", minutes * 60, " s")
-    teams = [(oracle, sim.Rotation(n, objects_of(family), args.wrist, args.axis, seed=args.seed + 1000)) for family, oracle in oracles]
-    while seconds < minutes * 60:
-        oracle, env = teams[rounds % len(teams)]
-        task = Task(env)
-        cloning = rounds < args.cloning * len(teams)
-        xs, ys, lasted = [], [], np.ones(n, bool)
 
-        @torch.no_grad()
-        def act(env):
-            if len(xs) == 0:
-                task.start(np.arange(n))
-            obs = env.observe()
-            mu = oracle.act(torch.from_numpy(task.observe())).clamp(-1, 1)
-            xs.append(torch.from_numpy(obs).half())
-            ys.append(mu.half())
-            drive = mu + 0.5 * oracle.log_std.exp() * torch.randn_like(mu) if cloning else student(torch.from_numpy(obs))
-            return env.target + ALPHA * drive.clamp(-1, 1).numpy()
+# -------------------------------------------------------------------------------- the generalist
+class Cloning:
+    """One generalist from the oracles, on deployable observations, in rounds of one episode in
+    every environment.
+
+    The first rounds are the paper's behaviour cloning: the oracle drives with a little noise, the
+    label is what it would do without, and only episodes that lasted all 400 steps are kept. In the
+    later rounds the student drives and the oracle says what it would have done (DAgger): the paper
+    found that unstable, here it holds longer and turns further (results/README.md)."""
+
+    def __init__(self, oracles, args, path):
+        self.oracles, self.args, self.path = oracles, args, path
+        self.purpose = dict(families=families_of(args), wrists=args.wrist, axes=args.axis)
+        torch.manual_seed(args.seed)
+        self.student = Generalist()
+        self.optimizer = torch.optim.Adam(self.student.parameters(), lr=CLONING_RATE, fused=True)
+        self.rounds, self.seconds, self.data = 0, 0.0, []
+        if path.exists():
+            self._resume(load_checkpoint(path, "policy"))
+
+    def _file(self, number):
+        return self.path.with_name(f"cloning-{number:02d}.npz")
+
+    def _resume(self, saved):
+        if any(saved.get(name) != value for name, value in self.purpose.items()):
+            raise H.Problem(f"{self.path} was trained for something else; choose another --out")
+        self.student.load_state_dict(saved["weights"])
+        self.rounds, self.seconds = saved["rounds"], saved["seconds"]
+        if self.rounds < self.args.rounds:
+            self.optimizer.load_state_dict(saved["optimizer"])
+            for number in range(self.rounds):
+                data = sim.load_npz(self._file(number), "obs", "label")
+                self.data.append([torch.from_numpy(data[name]) for name in ("obs", "label")])
+
+    def iterate(self):
+        """One round: collect, learn, save. Returns the numbers for the progress line."""
+        began, number = time.monotonic(), self.rounds
+        torch.manual_seed(1000 * (number + 1) + self.args.seed)
+        family, oracle = self.oracles[number % len(self.oracles)]
+        cloning = number < CLONING * len(self.oracles)
+        env = sim.Rotation(
+            self.args.envs, sim.objects_of(family), self.args.wrist, self.args.axis,
+            seed=1000 * (number + 1) + self.args.seed, randomize=self.args.randomize)
+        obs, label, result = self._collect(env, oracle, cloning)
+        if number == 0:
+            self.student.norm.update(obs.float())
+        self.data.append([obs, label])
+        sim.save_npz(self._file(number), obs=obs.numpy(), label=label.numpy())
+        loss = self._learn()
+        self.rounds += 1
+        self.seconds += time.monotonic() - began
+        save_checkpoint(
+            self.path, "policy", config=self.student.config, weights=self.student.state_dict(),
+            optimizer=self.optimizer.state_dict(), seed=self.args.seed, rounds=self.rounds,
+            seconds=self.seconds, **self.purpose)
+        return (f"driven by the {'oracle' if cloning else 'student'}: "
+                f"{result['RotR'].mean() / sim.CONTROL_HZ:.1f} rad {result['TTF'].mean():.1f} s, "
+                f"loss {loss:.4f}")
+
+    @torch.no_grad()
+    def _collect(self, env, oracle, cloning):
+        """A share KEPT of what was seen in one episode of every environment and what the oracle
+        would have done: (rows, OBSERVED) and (rows, N) float16; and the episodes' metrics."""
+        task, seen, labels, lasted = Task(env), [], [], np.ones(env.n, bool)
+
+        def drive(env):
+            if not seen:
+                task.start(np.arange(env.n))
+            seen.append(env.observe().half())
+            mean = oracle.act(task.observe()).clamp(-1, 1)
+            labels.append(mean.half())
+            noise = 0.5 * oracle.log_std.exp() * torch.randn_like(mean)
+            delta = mean + noise if cloning else self.student(seen[-1].float())
+            return sim.next_target(env.target, delta.numpy())
 
         def watch(env):
-            task.reward()                                    # moves the guiding goals on
+            task.advance()
             lasted[env.fallen] = False
-            task.start(np.flatnonzero(env.fallen))
 
-        result = sim.run_episodes(env, act, watch)
-        x, y = torch.stack(xs, 1), torch.stack(ys, 1)        # (n, 400, ...)
-        keep = torch.from_numpy(lasted) if cloning else torch.ones(n, dtype=torch.bool)
-        if not keep.any():                                   # nothing lasted yet: better imitate that than nothing
-            keep[:] = True
-        if rounds == 0:
-            student.norm.update(x[keep].float().reshape(-1, x.shape[2]))
-        X, Y = (X + [x[keep].reshape(-1, x.shape[2])])[-buffer:], (Y + [y[keep].reshape(-1, H.N)])[-buffer:]
-        rounds += 1
-        left = 1 - (time.monotonic() - start) / (minutes * 60)
-        for group in opt.param_groups:
-            group["lr"] = 1e-3 * max(left, 0.05)
-        for _ in range(400):
-            which = torch.randint(len(X), (1,)).item()
-            idx = torch.randint(len(X[which]), (2048,))
-            loss = (student(X[which][idx].float()) - Y[which][idx].float()).pow(2).mean()
-            opt.zero_grad()
+        def restart(env, ids):
+            task.start(ids)
+
+        result = sim.run_episodes(env, drive, watch, restarted=restart)
+        good = torch.from_numpy(lasted) if cloning and lasted.any() else torch.ones(env.n).bool()
+        rows = torch.rand(len(seen), env.n) < KEPT
+        rows &= good
+        return torch.stack(seen)[rows], torch.stack(labels)[rows], result
+
+    def _learn(self):
+        left = 1 - self.rounds / self.args.rounds
+        for group in self.optimizer.param_groups:
+            group["lr"] = CLONING_RATE * max(left, 0.05)
+        for _ in range(GRADIENT_STEPS):
+            obs, label = self.data[torch.randint(len(self.data), (1,)).item()]
+            index = torch.randint(len(obs), (CLONING_BATCH,))
+            loss = (self.student(obs[index].float()) - label[index].float()).pow(2).mean()
+            self.optimizer.zero_grad()
             loss.backward()
-            nn.utils.clip_grad_norm_(student.parameters(), 1.0)
-            opt.step()
-        seconds = time.monotonic() - start
-        bar(min(seconds, minutes * 60), f"round {rounds} driven by the {'oracle' if cloning else 'student'}: "
-            f"{result['RotR'].mean() / sim.CONTROL_HZ:.1f} rad {result['TTF'].mean():.1f} s  loss {loss.item():.4f}")
-        save_checkpoint(path, "policy", config=student.config, weights=student.state_dict(), seed=args.seed, rounds=rounds, seconds=seconds,
-                        **task_of)
-    return student.eval()
+            nn.utils.clip_grad_norm_(self.student.parameters(), CLIP_GRADIENT)
+            self.optimizer.step()
+        return loss.item()
+
+    def finish(self):
+        """A policy without what only training needs, as it is shipped."""
+        for number in range(self.rounds):
+            self._file(number).unlink(missing_ok=True)
+        save_checkpoint(
+            self.path, "policy", config=self.student.config, weights=self.student.state_dict(),
+            seed=self.args.seed, rounds=self.rounds, seconds=self.seconds, **self.purpose)
+        return self.student.eval()
 
 
-def draw_curve(path, curve, args):
-    """Rotation, time to fall and gravity over the steps of training, per wrist and family."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+def clone(oracles, args, path):
+    """One generalist from `oracles`, a list of (family, oracle); goes on from `path`."""
+    cloning = Cloning(oracles, args, path)
+    bar = sim.Progress("generalist", args.rounds, " rounds")
+    limit = 12 * args.minutes if args.minutes else np.inf
+    while cloning.rounds < args.rounds and cloning.seconds < limit:
+        text = cloning.iterate()
+        bar(cloning.rounds, text)
+    return cloning.finish(), cloning.seconds
+
+
+# ------------------------------------------------------------------------------------- results
+def draw_curve(path, curve):
+    """Rotation, holding and level over the steps of training, per wrist and family."""
+    plt = sim.pyplot()
     figure, axes = plt.subplots(1, 3, figsize=(13, 3.6), layout="constrained")
-    for family in dict.fromkeys(row[0] for row in curve):
-        for w, wrist in enumerate(args.wrist):
-            rows = np.array([row[2:7] for row in curve if row[0] == family and row[1] == w])
-            for axis, column, label in zip(axes, (2, 3, 4), ("radians per 20 s", "time to fall, s", "gravity, g")):
-                if len(rows):
-                    axis.plot(rows[:, 0] / 1e6, rows[:, column], label=f"{family} {wrist}")
-                axis.set_xlabel("million control steps")
-                axis.set_title(label, fontsize=10)
+    columns = (("turned", 1, "radians per 20 s"), ("held", 20, "time to fall, s"),
+               ("level", 1, "level of the curriculum"))
+    for family, wrist in dict.fromkeys((row.family, row.wrist) for row in curve):
+        rows = [row for row in curve if (row.family, row.wrist) == (family, wrist)]
+        million = [row.steps / 1e6 for row in rows]
+        for axis, (name, scale, title) in zip(axes, columns):
+            values = [scale * getattr(row, name) for row in rows]
+            axis.plot(million, values, label=f"{family} {wrist}")
+            axis.set_xlabel("million control steps")
+            axis.set_title(title, fontsize=10)
     axes[0].legend(fontsize=8)
-    with H.whole(path) as file:
-        figure.savefig(file, dpi=90)
-    plt.close(figure)
+    sim.save_figure(figure, path)
 
 
 def evaluate(policy, args, episodes=256):
-    """The policy at full gravity, randomised, per wrist: printed and written to results.json; one episode as a GIF."""
+    """The policy at full gravity with the paper's randomisation, per wrist: printed, and one
+    episode as a film. Returns {wrist: {metric: [mean, standard deviation over episodes]}}."""
     results = {}
     for wrist in args.wrist:
-        env = sim.Rotation(episodes, objects_of("+".join(args.family)), [wrist], args.axis, seed=args.seed + 77)
+        env = sim.Rotation(episodes, sim.objects_of("+".join(args.family)), [wrist], args.axis,
+                           seed=args.seed + 77)
         frames = []
-        r = sim.run_episodes(env, lambda env: targets(policy, env), lambda env: frames.append(env.state[:, 1:].copy()))
-        results[wrist] = {k: [float(v.mean()), float(v.std())] for k, v in r.items()} | {
-            "episodes": episodes, "blowups": env.blowups}
-        print(f"{wrist}: {r['RotR'].mean() / sim.CONTROL_HZ:.2f} +- {r['RotR'].std() / sim.CONTROL_HZ:.2f} rad, TTF {r['TTF'].mean():.1f} s, "
-              f"{100 * (r['TTF'] >= 20).mean():.0f} % last 20 s, RotP {r['RotP'].mean():.2f} rad/s, {episodes} episodes, {env.blowups} lost to NaN")
+        r = sim.run_episodes(
+            env, lambda env: act(policy, env),
+            lambda env: frames.append(env.state[:, 1:1 + env.models[0].nq].copy()))
+        results[wrist] = {name: [float(v.mean()), float(v.std(ddof=1))] for name, v in r.items()}
+        results[wrist] |= {"episodes": episodes, "blowups": env.blowups}
+        turned = r["RotR"] / sim.CONTROL_HZ
+        error = 1.96 * turned.std(ddof=1) / episodes ** 0.5
+        print(f"{wrist}: {turned.mean():.2f} rad (95 % +-{error:.2f}, spread "
+              f"{turned.std(ddof=1):.1f}), TTF {r['TTF'].mean():.1f} s, "
+              f"{100 * (r['TTF'] >= 20).mean():.0f} % last 20 s, RotP {r['RotP'].mean():.2f} "
+              f"rad/s, {episodes} episodes, {env.blowups} lost to NaN")
         best = int(np.argmax(np.where(r["TTF"] >= 20, r["RotR"], -np.inf)))
-        sim.film(env.models[best], [f[best, :env.models[best].nq] for f in frames], args.out / f"policy-{wrist}.gif", wrist)
-    with H.whole(args.out / "results.json", "w") as file:
-        file.write(json.dumps(results, indent=1) + "\n")
+        sim.film(env.models[best], [frame[best] for frame in frames],
+                 args.out / f"policy-{wrist}.gif", wrist)
     return results
 
 
-def objects_of(family):
-    """The objects of a family, or of several joined by "+"."""
-    return [o for f in family.split("+") for o in FAMILIES[f]]
-
-
 def families_of(args):
-    return [f for family in args.family for f in family.split("+")]
+    return [name for family in args.family for name in family.split("+")]
+
+
+def arguments():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--family", nargs="+", default=["cuboid+cylinder"],
+                        help="an oracle for each; 'cuboid+cylinder' is one oracle for both")
+    parser.add_argument("--wrist", nargs="+", default=["palm_up", "palm_down"], choices=sim.WRISTS)
+    parser.add_argument("--axis", nargs="+", default=["+z", "-z"], choices=sim.AXES,
+                        type=sim.axis_name, help="+z or z+, and so on")
+    parser.add_argument("--steps", type=float, default=12e6,
+                        help="control steps of each oracle (default 12e6)")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="of cloning")
+    parser.add_argument("--minutes", type=float, help="stop earlier, after so long in all")
+    parser.add_argument("--envs", type=int, default=ENVS)
+    parser.add_argument("--randomize", nargs="*", default=sim.EVERYTHING, choices=sim.EVERYTHING,
+                        help="what differs from episode to episode (default: all)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("runs/policy"))
+    args = parser.parse_args()
+    for family in args.family:
+        sim.objects_of(family)                           # raises on an unknown one
+    if not args.steps > 0 or args.rounds < 1 or args.envs < 4:
+        raise H.Problem("--steps and --rounds must be positive and --envs at least 4")
+    if args.minutes is not None and not args.minutes > 0:
+        raise H.Problem("--minutes must be positive")
+    return args
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--family", nargs="+", default=["cuboid+cylinder"],
-                        help="an oracle for each of these; 'cuboid+cylinder' is one oracle for both")
-    parser.add_argument("--wrist", nargs="+", default=["palm_up", "palm_down"], choices=sim.WRISTS)
-    parser.add_argument("--axis", nargs="+", default=["+z", "-z"], choices=sim.AXES, type=str.strip)
-    parser.add_argument("--minutes", type=float, default=40, help="training time in all (default 40)")
-    parser.add_argument("--envs", type=int, default=512)
-    parser.add_argument("--entropy", type=float, default=0.0)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("runs/policy"))
-    parser.add_argument("--cloning", type=int, default=3, help="rounds of pure behaviour cloning before the student drives")
-    args = parser.parse_args(sim.arguments())
-    strange = [f for f in families_of(args) if f not in FAMILIES]
-    if strange:
-        raise H.Problem(f"no family is called {', '.join(strange)}; there are {', '.join(FAMILIES)}")
-    if not args.minutes > 0 or args.envs < 4:
-        raise H.Problem("--minutes must be positive and --envs at least 4")
-    share = 0.8 * args.minutes / len(args.family)
-    curve, oracles = [], []
+    args = arguments()
+    curve, oracles, seconds = [], [], 0.0
     for family in args.family:
-        rows = []
-        oracles.append((family, train_oracle(family, args, share, args.out / f"oracle-{family.replace('+', '-')}.pt", rows)))
-        curve += rows
-        draw_curve(args.out / "curve.png", curve, args)
-    policy = distil(oracles, args, 0.2 * args.minutes, args.out / "policy.pt")
-    evaluate(policy, args)
+        path = args.out / f"oracle-{family.replace('+', '-')}.pt"
+        oracle, rows, spent = train_oracle(family, args, path)
+        oracles.append((family, oracle))
+        curve, seconds = curve + rows, seconds + spent
+        draw_curve(args.out / "curve.png", curve)
+    policy, spent = clone(oracles, args, args.out / "policy.pt")
+    print(f"trained for {(seconds + spent) / 60:.0f} minutes")
+    results = evaluate(policy, args)
+    with H.atomic_file(args.out / "results.json", "w") as file:
+        file.write(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,162 @@
+"""Stage 1 from the inside: reward, observation, advantages, curriculum, and going on exactly."""
+import argparse
+
+import numpy as np
+import pytest
+import torch
+
+import hand as H
+import sim
+import train_policy as T
+from conftest import CUBE
+
+pytestmark = pytest.mark.usefixtures("grasps")
+
+
+def environment(n=6, **options):
+    env = sim.Rotation(n, CUBE, ["palm_up", "palm_down"], ["+z", "-z"], progress=False, **options)
+    return env, T.Task(env)
+
+
+def arguments(out, **changes):
+    usual = dict(envs=12, wrist=["palm_up", "palm_down"], axis=["+z", "-z"], seed=0, steps=1e9,
+                 rounds=3, minutes=None, family=["cube"], out=out, randomize=sim.EVERYTHING)
+    return argparse.Namespace(**usual | changes)
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """A generalist of 16 units, and one thread, so that sums are the same each time."""
+    monkeypatch.setattr(T.Generalist.__init__, "__defaults__", (sim.OBSERVED, 16, 1))
+    monkeypatch.setattr(T, "GRADIENT_STEPS", 20)
+    torch.set_num_threads(1)
+
+
+# ---------------------------------------------------------------------- histories and episodes
+def test_a_history_moves_on_once_a_step_whoever_else_falls():
+    """Every pair of neighbouring entries is a control step apart, also in steps in which other
+    environments end their episodes and the value of what follows is asked for."""
+    env, task = environment()
+    env.steps[:3] = sim.EPISODE - 5                          # three end in the middle of the batch
+    curriculum = T.Curriculum(env, task)
+    torch.manual_seed(0)
+    oracle, seen = T.Oracle(task.observe().shape[1]), []
+    step = env.step
+    env.step = lambda target: (step(target), seen.append(env.measured[5].copy()))
+    with torch.no_grad():
+        T.roll_out(oracle, env, task, curriculum, task.observe())
+    assert len(seen) == T.HORIZON and (env.steps[:3] < sim.EPISODE - 5).all()
+    assert task.past_q[5] == pytest.approx(np.array(seen[-3:]))
+
+
+def test_what_follows_a_fall_in_cloning_belongs_to_the_new_episode(tmp_path):
+    """Labels after a fall come from the goal and the history of the episode that began."""
+    env, _ = environment(4)
+    cloning = T.Cloning([], arguments(tmp_path), tmp_path / "policy.pt")
+    torch.manual_seed(0)
+    oracle, seen = T.Oracle(254), []
+    fell = []
+    step = env.step
+
+    def falling(target):
+        step(target)
+        if env.steps[1] == 7 and not fell:
+            fell.append(True)
+            env.fallen[1] = True
+
+    def spy(obs, act=oracle.act):
+        seen.append(obs.clone())
+        return act(obs)
+
+    env.step, oracle.act = falling, spy
+    cloning._collect(env, oracle, cloning=True)
+    past_q, goal = slice(0, 3 * H.N), slice(186, 190)        # see Task.observe
+    assert fell
+    first = seen[7][1]
+    states = first[past_q].reshape(3, H.N)
+    assert torch.equal(states[0], states[1]) and torch.equal(states[1], states[2])
+    assert first[goal] == pytest.approx(seen[0][0][goal].abs() * first[goal].sign(), abs=1e-5)
+
+
+# ------------------------------------------------------------------------------- the algorithm
+def test_advantages_by_a_plain_loop():
+    torch.manual_seed(0)
+    n, oracle = 5, T.Oracle(8)
+    batch = {name: torch.randn(T.HORIZON, n) for name in ("reward", "value", "after")}
+    batch["ended"] = torch.rand(T.HORIZON, n) < 0.2
+    obs = torch.randn(n, 8)
+    with torch.no_grad():
+        scale = oracle.returns.var.sqrt().item()
+        last = oracle.value(obs)
+        T.advantages(oracle, batch, obs)
+    for i in range(n):
+        for t in range(T.HORIZON):
+            total, weight = 0.0, 1.0
+            for s in range(t, T.HORIZON):
+                ended = bool(batch["ended"][s, i])
+                following = (batch["after"][s, i] if ended else
+                             batch["value"][s + 1, i] if s + 1 < T.HORIZON else last[i])
+                error = batch["reward"][s, i] / scale + T.GAMMA * following - batch["value"][s, i]
+                total += weight * error
+                if ended:
+                    break
+                weight *= T.GAMMA * T.LAMBDA
+            assert batch["advantage"][t, i] == pytest.approx(float(total), abs=1e-5)
+    assert torch.equal(batch["return"], batch["advantage"] + batch["value"])
+
+
+def test_levels_rise_with_rotation_and_not_with_holding():
+    env, task = environment(8)
+    curriculum = T.Curriculum(env, task)
+    assert not env.level.any() and not task.holds.any()
+    for turned, raised in ((0.0, False), (T.RAISE_RAD + 1, True)):
+        curriculum.recent = [[(turned, 1.0)] * 2, [(turned, 0.3)] * 2]
+        rows = list(curriculum.raise_levels())
+        assert [row[0] for row in rows] == env.wrists and curriculum.recent == [[], []]
+        assert (env.level > 0).tolist() == [raised, False]
+        assert task.holds.tolist() == [True, False]
+
+
+def test_one_glitch_costs_no_more_than_a_fall():
+    env, task = environment()
+    env.state[0, env._vel] = 1e5
+    reward = task.advance()
+    assert reward.min() >= -2 * T.FALL_PENALTY and np.isfinite(reward).all()
+
+
+# -------------------------------------------------------------------------------- going on exactly
+def weights(path, kind):
+    saved = T.load_checkpoint(path, kind)
+    return saved["last" if kind == "oracle" else "weights"]
+
+
+def test_an_interrupted_run_is_the_run_that_was_not_interrupted(tmp_path):
+    """Oracle: stopped twice, each time in the middle of episodes. Generalist: after every round."""
+    batch = 12 * T.HORIZON
+    oracles = {}
+    for name, stops in (("straight", (30,)), ("interrupted", (4, 17, 30))):
+        for stop in stops:
+            args = arguments(tmp_path, steps=stop * batch)
+            oracle, curve, _ = T.train_oracle("cube", args, tmp_path / name / "oracle.pt")
+        oracles[name] = oracle, curve
+        for rounds in (3,) if name == "straight" else (1, 2, 3):
+            path = tmp_path / name / "policy.pt"
+            cloning = T.Cloning([("cube", oracle)], arguments(tmp_path), path)
+            while cloning.rounds < rounds:
+                cloning.iterate()
+        cloning.finish()
+    one, other = (oracles[name][1] for name in ("straight", "interrupted"))
+    assert len(one) > 4
+    assert [row._replace(seconds=0) for row in one] == [row._replace(seconds=0) for row in other]
+    for file, kind in (("oracle.pt", "oracle"), ("policy.pt", "policy")):
+        one, other = (weights(tmp_path / name / file, kind) for name in oracles)
+        assert all(torch.equal(one[name], other[name]) for name in one), kind
+    assert not list((tmp_path / "interrupted").glob("cloning-*"))
+
+
+def test_a_run_for_something_else_is_not_gone_on_with(tmp_path):
+    path = tmp_path / "oracle.pt"
+    T.train_oracle("cube", arguments(tmp_path, steps=1), path)
+    for changes in (dict(wrist=["palm_up"]), dict(envs=16)):
+        with pytest.raises(H.Problem, match="choose another --out"):
+            T.train_oracle("cube", arguments(tmp_path, steps=1e3, **changes), path)
