@@ -31,11 +31,15 @@ CUBE = sim.FAMILIES["cube"]
 
 
 def small_cache(obj, n=24):
-    """Put n grasps where `grasp_cache` looks for its full number: sampling those would be most of
+    """Put n grasps where `grasp_cache` looks for its full count: sampling those would be most of
     the suite's time, and scripts that run as processes of their own are to find them too."""
     sample = sim._sample_grasps
+
+    def fewer(model, name, test, progress):
+        return sample(model, name, test | {"count": n}, progress)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sim, "_sample_grasps", lambda model, name, *_: sample(model, name, n, 1, False))
+        patch.setattr(sim, "_sample_grasps", fewer)
         sim.grasp_cache(obj, progress=False)
 
 

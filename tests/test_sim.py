@@ -299,7 +299,8 @@ def test_the_referee_measures_what_a_plain_loop_does_and_nothing_after_a_fall():
 def stage(**changes):
     """An object at rest at the canonical grasp, seen by `Task`, with one thing changed."""
     env = SimpleNamespace(
-        n=1, q=H.GRASP[None].copy(), dq=np.zeros((1, 16)), target=H.GRASP[None].copy(),
+        n=1, q=H.GRASP[None].copy(), measured=H.GRASP[None].copy(), dq=np.zeros((1, 16)),
+        target=H.GRASP[None].copy(),
         omega=np.zeros((1, 3)), axis=np.array([[0, 0, 1.0]]), quat=np.array([[1.0, 0, 0, 0]]),
         vel=np.zeros((1, 6)), pos=np.zeros((1, 3)), home=np.zeros((1, 3)),
         contact=np.zeros((1, 4, 4)), fallen=np.zeros(1, bool), objects=CUBE[:1],
@@ -311,7 +312,7 @@ def stage(**changes):
 
 
 def gained(**changes):
-    return (stage(**changes).reward() - stage().reward())[0]
+    return (stage(**changes).advance() - stage().advance())[0]
 
 
 def test_reward_terms_by_hand():
@@ -321,7 +322,7 @@ def test_reward_terms_by_hand():
     assert gained(omega=(0.2, -0.1, 0)) == pytest.approx(-T.A_ROTP * 0.3)        # |omega x k|_1
     assert gained(vel=(0.1, 0, 0.2, 7, 7, 7)) == pytest.approx(-T.A_LIN * 0.05)
     moved = H.GRASP + 0.1 * np.eye(16)[3]
-    assert gained(q=moved, target=moved) == pytest.approx(-T.A_POSE * 0.01)
+    assert gained(q=moved, measured=moved, target=moved) == pytest.approx(-T.A_POSE * 0.01)
     dq = 0.5 * np.eye(16)[2]
     tau = 0.5 * 0.366 ** 2 / 2.811                           # back-EMF alone
     assert gained(dq=dq) == pytest.approx(-T.A_WORK * tau * 0.5 - T.A_TORQUE * tau ** 2)
@@ -335,13 +336,13 @@ def test_reward_terms_by_hand():
     assert gained(fallen=True) == pytest.approx(-T.FALL_PENALTY)
     rest, turning = stage(), stage(omega=(0, 0, 0.3))
     rest.holds[:] = turning.holds[:] = False                 # before it can hold: worth half
-    assert turning.reward()[0] - rest.reward()[0] == pytest.approx(0.5 * T.A_ROT * 0.3)
+    assert turning.advance()[0] - rest.advance()[0] == pytest.approx(0.5 * T.A_ROT * 0.3)
 
 
 def test_a_glitch_costs_no_more_than_a_fall():
     wild = stage(vel=np.full(6, 1e5), omega=np.full(3, 1e5), dq=np.full(16, 1e5))
-    assert wild.reward()[0] == -T.FALL_PENALTY
-    assert stage(vel=np.full(6, 1e5), fallen=True).reward()[0] == -2 * T.FALL_PENALTY
+    assert wild.advance()[0] == -T.FALL_PENALTY
+    assert stage(vel=np.full(6, 1e5), fallen=True).advance()[0] == -2 * T.FALL_PENALTY
 
 
 def test_wobble_costs_nothing_at_first():
@@ -349,7 +350,7 @@ def test_wobble_costs_nothing_at_first():
     for episodes in (10, 55, 100, 1000):
         rest, wobbly = stage(), stage(omega=(0.5, 0, 0))
         rest.episodes = wobbly.episodes = episodes
-        costs.append((rest.reward() - wobbly.reward())[0])
+        costs.append((rest.advance() - wobbly.advance())[0])
     assert costs == pytest.approx([0, 0.25 * T.A_ROTP, 0.5 * T.A_ROTP, 0.5 * T.A_ROTP])
 
 
@@ -358,13 +359,13 @@ def test_guiding_goal_is_a_quarter_turn_ahead_and_moves_on():
         return sim.from_axis_angle([0, 0, 1.0], np.radians(degrees))
 
     task = stage()
-    start = task.reward()[0]
+    start = task.advance()[0]
     assert task.goal[0] == pytest.approx(turn(90))
     task.env.quat = turn(60)[None]                           # 30 degrees away: closer, not there
-    nearer = task.reward()[0]
+    nearer = task.advance()[0]
     assert nearer > start and task.goal[0] == pytest.approx(turn(90))
     task.env.quat = turn(80)[None]
-    there = task.reward()[0]
+    there = task.advance()[0]
     assert there > nearer + 0.5 * T.GOAL_BONUS
     assert task.goal[0] == pytest.approx(turn(170))
 
@@ -759,26 +760,59 @@ def test_both_hands_are_pushed_alike():
         assert hand._data.qvel[-6:] - before == pytest.approx([*0.2 * np.eye(3)[k], 0, 0, 0])
 
 
-def test_a_virtual_hand_that_differs_in_nothing_does_what_the_simulator_does():
-    """It runs at 240 Hz instead of 200 and lets the fingers close first: a milliradian or two."""
-    trials = sim.trials(CUBE[1:2], "palm_up", ["+z"], 6, 5)
-    trials = [t._replace(pushes=0.2 * t.pushes) for t in trials]
-    env = still(6)
+def distances(trials, differs):
+    """How far joints (rad) and object (m) of a virtual hand end from those of the simulator after
+    the same second: means over trials of the largest."""
+    env = still(len(trials))
     env.begin(trials)
     swing = [0.02 * np.sin(t / 3 + np.arange(16)) for t in range(20)]
     for move in swing:
         env.step(np.stack([t.grasp[23:] for t in trials]) + move)
     joints, places = [], []
     for i, trial in enumerate(trials):
-        hand = sim.VirtualHand(3, load=trial.obj, differs=())
+        hand = sim.VirtualHand(3, load=trial.obj, differs=differs)
         hand.begin(trial)
         for move, push in zip(swing, trial.pushes):
             hand.push(push)
             hand.command(trial.grasp[23:] + move)
         joints.append(np.abs(hand.read().q - env.q[i]).max())
         places.append(np.abs(hand.object_qpos()[:3] - env.pos[i]).max())
-    print("NEAR", np.round(1000 * np.array([joints, places]), 2))
-    assert np.median(joints) < 0.004 and np.median(places) < 0.0008
+    return np.mean(joints), np.mean(places)
+
+
+def test_a_virtual_hand_that_differs_in_nothing_does_what_the_simulator_does():
+    """Nearly: it runs at 240 Hz instead of 200 and lets the fingers close first. One that differs
+    is several times as far."""
+    trials = sim.trials(CUBE[1:2], "palm_up", ["+z"], 12, 5)
+    trials = [t._replace(pushes=0.2 * t.pushes) for t in trials]
+    near, far = distances(trials, ()), distances(trials, sim.DIFFERS)
+    assert near[0] < 0.006 and near[1] < 0.0006
+    assert far[0] > 4 * near[0] and far[1] > 3 * near[1]
+
+
+def test_an_environment_goes_on_exactly_from_a_snapshot():
+    def environment():
+        return sim.Rotation(4, CUBE[:2], ["palm_up", "palm_down"], randomize=sim.EVERYTHING, seed=2,
+                            progress=False)
+
+    def run(env):
+        rng, frames = np.random.default_rng(0), []
+        for t in range(6):
+            env.step(env.target + 0.02 * rng.normal(size=(4, 16)))
+            frames.append([env.state.copy(), env.observe().numpy(), env.contact.copy()])
+            if t == 3:
+                env.reset([1, 2])
+        return frames
+
+    env, other = environment(), environment()
+    env.level[:] = 0.3, 0.8
+    env.reset([0, 1, 3])
+    run(env)
+    saved = env.snapshot()
+    expected = run(env)
+    other.restore(saved)
+    for a, b in zip(run(other), expected):
+        assert all(np.array_equal(x, y) for x, y in zip(a, b))
 
 
 # -------------------------------------------------------------------------------- true to nature
@@ -817,17 +851,17 @@ def test_a_blow_up_is_counted_and_ends_the_episode(speed):
 def test_grasps_are_made_once_for_each_object_and_hold(monkeypatch):
     obj = sim.box(0.054, 0.054, 0.054)
     before = set(sim.CACHE.iterdir())
-    first = sim.grasp_cache(obj, n=6, progress=False)
+    first = sim.grasp_cache(obj, count=6, progress=False)
     made = set(sim.CACHE.iterdir()) - before
     assert len(made) == 1 and first.shape == (6, 39)
     with monkeypatch.context() as patch:
         patch.setattr(sim.rollout, "Rollout", None)          # sampling again would fail
-        assert np.array_equal(sim.grasp_cache(obj, n=6, progress=False), first)
+        assert np.array_equal(sim.grasp_cache(obj, count=6, progress=False), first)
         for other in (sim.box(0.0541, 0.054, 0.054), sim.cylinder(0.054, 0.054)):
             with pytest.raises(TypeError):
-                sim.grasp_cache(other, n=6, progress=False)
+                sim.grasp_cache(other, count=6, progress=False)
     made.pop().unlink()
-    assert np.array_equal(sim.grasp_cache(obj, n=6, progress=False), first)
+    assert np.array_equal(sim.grasp_cache(obj, count=6, progress=False), first)
 
 
 def test_a_grasp_holds_its_object_palm_up_and_palm_down():
@@ -840,7 +874,7 @@ def test_a_grasp_holds_its_object_palm_up_and_palm_down():
 
 def test_an_object_that_no_hand_can_hold_is_a_problem():
     with pytest.raises(H.Problem, match="does not fit"):
-        sim.grasp_cache(sim.box(0.004, 0.004, 0.004), n=2, progress=False)
+        sim.grasp_cache(sim.box(0.004, 0.004, 0.004), count=2, progress=False)
 
 
 def test_families_are_joined_by_plus_and_strange_ones_are_problems():
