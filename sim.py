@@ -241,7 +241,7 @@ def _add_balls(spec, balls, bit, hand_bits):
                            armature=0.03 * radius ** 2)
         body.add_geom(
             type=mujoco.mjtGeom.mjGEOM_SPHERE, size=(radius, 0, 0), mass=balls.mass, contype=bit,
-            conaffinity=hand_bits | bit, condim=3 if balls.friction else 1, priority=1,
+            conaffinity=hand_bits | bit, condim=3 if balls.friction else 1, priority=2,
             friction=(balls.friction, 0, 0), solref=(balls.softness, 1), rgba=(0.3, 0.55, 0.85, 1))
 
 
@@ -256,6 +256,11 @@ def stirred(model, rng):
 # ------------------------------------------------------------------------------------ the model
 GEOM_TYPE = {kind: getattr(mujoco.mjtGeom, f"mjGEOM_{kind.upper()}")
              for kind in ("capsule", "sphere", "box", "cylinder", "ellipsoid")}
+# A rubber tip resists sliding and, with a soft contact patch, twisting; a printed link is smoother.
+# A contact between a geom of the hand (priority 1) and an object (0) is as the hand's geom says.
+TIP_CONDIM, LINK_CONDIM = 4, 3
+PATCH = 0.005                    # m, torsional over sliding friction
+PLASTIC = 0.45                   # friction of a link over that of a tip
 # Collision bits. Links of different fingers collide from the middle link on, where they can meet.
 PALM, INNER, BALL, OBJECT, FINGER = 1, 2, 4, 8, 16          # finger f has the bit FINGER << f
 FINGERS = 15 * FINGER
@@ -354,7 +359,9 @@ def _add_hand(spec, links, backlash, stiffness, damping, joint_friction, armatur
                 where |= dict(quat=quat[0]) if quat else {}
             body.add_geom(
                 name=f"{link.name}_tip" if is_tip else "", type=GEOM_TYPE[kind], **where,
-                contype=bit, conaffinity=OBJECT | BALL | others, condim=1,
+                contype=bit, conaffinity=OBJECT | BALL | others,
+                condim=TIP_CONDIM if is_tip else LINK_CONDIM, priority=1,
+                friction=(1, PATCH, 1e-4) if is_tip else (PLASTIC, 0, 0),
                 rgba=(0.9, 0.9, 0.92, 1) if is_tip else (0.25, 0.25, 0.28, 1))
 
 
@@ -365,8 +372,7 @@ def _add_object(spec, obj):
     for kind, size, pos, quat in obj.parts:
         body.add_geom(
             type=GEOM_TYPE[kind], size=np.resize([*size, 0, 0], 3), pos=pos, quat=quat,
-            density=1000, contype=OBJECT, conaffinity=255, condim=4, priority=1,
-            friction=(1, 0.005, 1e-4), rgba=(0.95, 0.6, 0.2, 1))
+            density=1000, contype=OBJECT, conaffinity=255, rgba=(0.95, 0.6, 0.2, 1))
     found = 1 << int(mujoco.mjtConDataField.mjCONDATA_FOUND)
     force = 1 << int(mujoco.mjtConDataField.mjCONDATA_FORCE)
     net_force = 3
@@ -378,16 +384,25 @@ def _add_object(spec, obj):
         sensor.intprm[:3] = found | force, net_force, 1
 
 
-def set_object(model, data, mass, friction, centre):
-    """Give the object of a compiled model a mass (kg), a sliding friction (torsional: that of a
-    soft patch of 5 mm) and a centre of mass (m, in its frame). What MuJoCo derives from masses
-    is derived again, or contacts would be regularised for another object; `data` is scratch."""
+def set_object(model, data, mass, friction, centre, rubber=1.0, plastic=PLASTIC, patch=PATCH):
+    """Give the object of a compiled model a mass (kg), a centre of mass (m, in its frame) and a
+    sliding friction against rubber tips; it slides more easily on the links. What MuJoCo derives
+    from masses is derived again, or contacts would be regularised for another object. Overwrites
+    `data`."""
     body = model.body("object").id
     model.body_inertia[body] *= mass / model.body_mass[body]
     model.body_mass[body] = mass
     model.body_ipos[body] = centre
-    model.geom_friction[model.geom_bodyid == body, :2] = friction, 0.005 * friction
+    tips, links = hand_geoms(model)
+    model.geom_friction[tips, :2] = friction * rubber, friction * rubber * patch
+    model.geom_friction[links, 0] = friction * plastic
     mujoco.mj_setConst(model, data)
+
+
+def hand_geoms(model):
+    """Which geoms of a model are rubber tips and which are links of the hand, two (ngeom,) bool."""
+    of_hand = model.geom_priority == 1
+    return of_hand & (model.geom_condim == TIP_CONDIM), of_hand & (model.geom_condim == LINK_CONDIM)
 
 
 def _fingertips(q):
@@ -636,7 +651,7 @@ class Rotation:
         set_object(model, self.datas[0], mass, friction, centre)
         if "contact" in self.randomize:
             softness = 0.02 + level * (rng.uniform(*CONTACT_TIME) - 0.02)
-            model.geom_solref[model.geom_bodyid == model.body("object").id, 0] = softness
+            model.geom_solref[model.geom_priority == 1, 0] = softness
         if "motor" in self.randomize:
             share = 1 + level * (rng.uniform(*STIFFNESS, H.N) - 1)
             loss = 1 + level * (rng.uniform(*JOINT_FRICTION, H.N) - 1)
@@ -795,7 +810,7 @@ def run_episodes(env, act, record=None, title=None, trials=None, restarted=None)
 # states. Everything here is part of the key under which grasps are cached.
 GRASP_TEST = {
     "count": 200, "open": 0.3, "close": 0.15, "near": 0.25, "shift": 0.012, "closing": 0.3,
-    "squeeze": 0.15, "mass": 0.05, "friction": 0.7, "fingertips": 3, "drift": 0.015, "seed": 0,
+    "squeeze": 0.15, "mass": 0.05, "friction": 0.5, "fingertips": 3, "drift": 0.015, "seed": 0,
     "stages": (("palm_up", 0.1), ("palm_up", 0.4), ("palm_down", 0.1), ("palm_down", 0.4)),
 }
 
@@ -1003,18 +1018,12 @@ class VirtualHand(H.Hand):
 
     def _set_contacts(self, mass, friction):
         m = self._model
-        held = m.geom_bodyid == m.body("object").id
         centre = self._ipos + ("object" in self.differs) * self._centre
-        set_object(m, self._data, mass, friction, centre)
+        surfaces = {}
         if "contact" in self.differs:
-            tips = np.array([m.geom(g).name.endswith("_tip") for g in range(m.ngeom)])
-            links = ~held & ~tips
-            m.geom_priority[held], m.geom_priority[~held] = 0, 1
-            m.geom_condim[tips], m.geom_condim[links] = 4, 3
-            m.geom_friction[tips, 0] = friction * self._rubber
-            m.geom_friction[tips, 1] = friction * self._rubber * self._patch
-            m.geom_friction[links, 0] = friction * self._plastic
-            m.geom_solref[~held] = self._softness, self._bounce
+            m.geom_solref[m.geom_priority == 1] = self._softness, self._bounce
+            surfaces = dict(rubber=self._rubber, plastic=self._plastic, patch=self._patch)
+        set_object(m, self._data, mass, friction, centre, **surfaces)
 
     def _close_fingers(self):
         m, d = self._model, self._data

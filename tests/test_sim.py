@@ -465,6 +465,28 @@ def test_fingertips_after_a_reset_are_those_of_the_grasp():
     assert np.abs(env.tip_vel[1]).max() < 0.1 and not env.fallen.any()
 
 
+def surfaces(model):
+    """Indices of the geoms that are rubber tips, and of those that are links."""
+    names = [model.geom(g).name for g in range(model.ngeom)]
+    links = [g for g in range(model.ngeom) if model.geom_bodyid[g] in range(1, 18)]
+    tips = [g for g in links if names[g].endswith("_tip")]
+    return tips, [g for g in links if g not in tips]
+
+
+def test_the_hand_not_the_object_decides_what_a_contact_is_like():
+    """Rubber tips resist twisting, links are smoother; in a contact of two geoms MuJoCo asks the
+    one of higher priority."""
+    model = sim.build(CUBE[0]).compile()
+    tips, links = surfaces(model)
+    own = model.geom_bodyid == model.body("object").id
+    assert len(tips) == 4 and len(links) > 12
+    assert (model.geom_priority[own] == 0).all()
+    assert (model.geom_priority[tips + links] == 1).all()
+    assert (model.geom_condim[tips] == 4).all() and (model.geom_condim[links] == 3).all()
+    found = sim.hand_geoms(model)
+    assert [np.flatnonzero(kind).tolist() for kind in found] == [tips, links]
+
+
 @pytest.mark.parametrize("centre", [(0, 0, 0), (0.003, -0.002, 0.001)])
 @pytest.mark.parametrize("obj", [CUBE[0], sim.cylinder(0.055, 0.055), sim.box(0.05, 0.05, 0.075)])
 def test_what_mujoco_derives_from_masses_is_that_of_the_objects_own(obj, centre):
@@ -481,8 +503,9 @@ def test_what_mujoco_derives_from_masses_is_that_of_the_objects_own(obj, centre)
                  "dof_invweight0", "dof_M0"):
         assert getattr(model, name) == pytest.approx(getattr(meant, name), rel=1e-6), name
     assert not np.allclose(model.body_invweight0[at.id], usual[at.id], rtol=0.5)
-    friction = model.geom_friction[model.geom_bodyid == at.id]
-    assert friction == pytest.approx(np.array([[1.3, 0.0065, 1e-4]]))
+    tips, links = surfaces(model)
+    assert model.geom_friction[tips, :2] == pytest.approx(np.array([[1.3, 0.0065]] * 4))
+    assert model.geom_friction[links, 0] == pytest.approx(1.3 * sim.PLASTIC)
     # and it is where MuJoCo computes with it
     for m in (model, meant):
         data = mujoco.MjData(m)
@@ -509,8 +532,9 @@ def test_randomisation_stays_in_its_ranges_and_reaches_the_model():
         assert body.mass[0] == pytest.approx(env.mass[i])
         # a solid cube: m s^2 / 6
         assert body.inertia == pytest.approx(np.full(3, env.mass[i] * 0.0525 ** 2 / 6), rel=1e-3)
-        friction = model.geom_friction[model.geom_bodyid == body.id]
-        assert friction[0, 0] == pytest.approx(env.friction[i])
+        tips, links = surfaces(model)
+        assert model.geom_friction[tips, 0] == pytest.approx(env.friction[i])
+        assert model.geom_friction[links, 0] == pytest.approx(sim.PLASTIC * env.friction[i])
     assert len(np.unique(env.wrist, axis=0)) == 2 and len(np.unique(env.axis, axis=0)) == 2
     plain = still(3)
     assert (plain.mass == 0.03).all() and (plain.friction == 1).all()
@@ -589,8 +613,9 @@ def test_each_kind_of_randomisation_changes_what_it_says_and_nothing_else(kind):
             assert np.linalg.norm(b[i].opt.gravity) == pytest.approx(9.81)
             assert 0 < np.degrees(np.arccos(cosine)) <= 5
         if kind == "contact":
-            assert np.array_equal(a[i].geom_solref[~held], b[i].geom_solref[~held])
-            assert 0.01 <= b[i].geom_solref[held][0, 0] <= 0.03
+            tips, links = surfaces(a[i])
+            softness = b[i].geom_solref[tips + links]
+            assert 0.01 <= softness[0, 0] <= 0.03 and not np.ptp(softness, 0).any()
         if kind == "motor":
             share = b[i].actuator_gainprm[:, 0] / a[i].actuator_gainprm[:, 0]
             assert 0.70 <= share.min() < share.max() <= 1.05
@@ -729,7 +754,7 @@ def test_ceiling_and_virtual_hand_get_the_same_trials():
         for where in (model, hand.model()):
             body = where.body("object")
             assert body.mass[0] == t.mass
-            assert where.geom_friction[where.geom_bodyid == body.id][0, 0] == t.friction
+            assert (where.geom_friction[surfaces(where)[0], 0] == t.friction).all()
             held = where.geom_size[where.geom_bodyid == body.id][0]
             assert held == pytest.approx(np.resize([*t.obj.parts[0][1]], 3))
             assert where.opt.gravity == pytest.approx([0, 0, 9.81])
