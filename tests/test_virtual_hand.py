@@ -327,8 +327,8 @@ def test_a_hand_is_made_of_the_published_boxes_a_little_off():
     kinds = {"geom_type", "geom_size", "geom_pos", "geom_quat", "body_pos", "body_quat"}
     assert plain.model().ngeom != other.model().ngeom
     a, b = plain.model(), other.model()
-    for name in ("body_mass", "body_inertia", "body_ipos", "dof_damping", "jnt_range", "dof_armature",
-                 "actuator_gainprm", "site_pos"):
+    for name in ("body_mass", "body_inertia", "body_ipos", "dof_damping", "jnt_range",
+                 "dof_armature", "actuator_gainprm", "site_pos"):
         assert np.array_equal(getattr(a, name), getattr(b, name)), name
     for name in ("geom_size", "geom_pos", "geom_condim", "geom_friction", "geom_solref"):
         assert np.array_equal(getattr(a, name)[held(plain)], getattr(b, name)[held(other)]), name
