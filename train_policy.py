@@ -321,10 +321,10 @@ def act(policy, env):
 
 def simulate(policy, content, wrists, episodes, seed, title="simulate the policy"):
     """The policy in the training simulator: every one of `episodes` that held its object to the
-    end, as float32 tensors: q (n, 400, N) measured positions, a (n, 400, N) targets sent, `first`
+    end, as float32 tensors: q (n, 400, N) positions, a (n, 400, N) targets sent, `first`
     (n, N) the target before the first of them, wrist (n, 4), axis (n, 3)."""
     objects = sim.objects_of("+".join(content["families"]))
-    env = sim.Rotation(episodes, objects, wrists, content["axes"], seed=seed)
+    env = sim.Rotation(episodes, objects, wrists, content["axes"], seed=seed, noise=0)
     q, a, begin = [], [], {}
 
     def watched(env):

@@ -54,7 +54,7 @@ def test_what_follows_a_fall_in_cloning_belongs_to_the_new_episode(tmp_path):
     env, _ = environment(4)
     cloning = T.Cloning([], arguments(tmp_path), tmp_path / "policy.pt")
     torch.manual_seed(0)
-    oracle, seen = T.Oracle(254), []
+    oracle, seen = T.Oracle(217), []
     fell = []
     step = env.step
 
@@ -70,7 +70,7 @@ def test_what_follows_a_fall_in_cloning_belongs_to_the_new_episode(tmp_path):
 
     env.step, oracle.act = falling, spy
     cloning._collect(env, oracle, cloning=True)
-    past_q, goal = slice(0, 3 * H.N), slice(186, 190)        # see Task.observe
+    past_q, goal = slice(0, 3 * H.N), slice(166, 170)        # see Task.observe
     assert fell
     first = seen[7][1]
     states = first[past_q].reshape(3, H.N)
