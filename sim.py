@@ -246,7 +246,7 @@ def _add_balls(spec, balls, bit, hand_bits):
 
 
 def stirred(model, rng):
-    """Displacements (nq - N,) of the balls in a model of the Chaos Box that throw them about."""
+    """A configuration (nq,) of a model of the Chaos Box: its rest, with the balls thrown about."""
     qpos = model.qpos0.copy()
     slides = model.jnt_qposadr[model.jnt_type == mujoco.mjtJoint.mjJNT_SLIDE]
     qpos[slides] += rng.uniform(-0.02, 0.02, len(slides))
@@ -372,7 +372,7 @@ def _add_object(spec, obj):
     for kind, size, pos, quat in obj.parts:
         body.add_geom(
             type=GEOM_TYPE[kind], size=np.resize([*size, 0, 0], 3), pos=pos, quat=quat,
-            density=1000, contype=OBJECT, conaffinity=255 | FINGERS, rgba=(0.95, 0.6, 0.2, 1))
+            density=1000, contype=OBJECT, conaffinity=255, rgba=(0.95, 0.6, 0.2, 1))
     found = 1 << int(mujoco.mjtConDataField.mjCONDATA_FOUND)
     force = 1 << int(mujoco.mjtConDataField.mjCONDATA_FORCE)
     net_force = 3
@@ -538,7 +538,7 @@ class Rotation:
     objects: list of `Object`, dealt out in turn; wrists, axes: names, drawn anew at every reset.
     `randomize` names what differs from episode to episode (of EVERYTHING); the same seed gives the
     same numbers. `level`, an array over wrists in 0..1, is what a curriculum turns: it scales
-    gravity from `weakest` to 1 g and, with it, the spread of what is randomized beyond the paper.
+    gravity from `weakest` to 1 g and, with it, the spread of centre, wrist, contact and motor.
     After `step` these describe the control step just made (float64 arrays over environments):
         q, dq (n, N)   measured (n, N): late, with noise and encoder zero   target (n, N)
         pos (n, 3)   quat (n, 4)   vel (n, 6: linear, angular)   omega (n, 3) rad/s
@@ -1146,9 +1146,9 @@ def resolve_port(port):
 
 def _parse_virtual(port):
     """"sim:7" -> (7, DIFFERS); "sim:7:motor+shape" -> (7, ("motor", "shape"))."""
-    _, seed, *differs = port.split(":")
+    _, seed, *differs = port.split(":", 2)
     differs = tuple(differs[0].split("+")) if differs else DIFFERS
-    if not seed.isdigit():
+    if not seed.isdecimal():
         raise H.Problem(f"--port {port}: the seed of a virtual hand is a whole number, as in sim:7")
     if not set(differs) <= set(DIFFERS):
         raise H.Problem(f"--port {port}: a virtual hand differs in {', '.join(DIFFERS)}, "
