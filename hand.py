@@ -195,42 +195,42 @@ TIPS = {                         # fingertip link: centre of the tip (m) in its 
     "th_ds": (-0.0013, -0.0456, -0.0145),
 }
 
-JOINTS = tuple(link.joint for link in LINKS if link.joint)        # order of every (16,) array: mcp rot pip dip per finger, thumb
+# The order of every (N,) array: mcp, rot, pip, dip of each finger, then the thumb.
+JOINTS = tuple(link.joint for link in LINKS if link.joint)
 N = len(JOINTS)
-LOW = np.array([j.low for j in JOINTS])                            # rad
-HIGH = np.array([j.high for j in JOINTS])
-GRASP = np.array([j.grasp for j in JOINTS])
-MOTOR_ID = [j.motor_id for j in JOINTS]
-P_GAIN = np.array([j.p_gain for j in JOINTS])
+LOW = np.array([joint.low for joint in JOINTS])          # rad
+HIGH = np.array([joint.high for joint in JOINTS])
+GRASP = np.array([joint.grasp for joint in JOINTS])
+MOTOR_ID = [joint.motor_id for joint in JOINTS]
+P_GAIN = np.array([joint.p_gain for joint in JOINTS])
 D_GAIN = 200
-SIGN = np.ones(N)                                # joint angle = SIGN * (motor angle - ZERO - calibrated offset)
-ZERO = np.full(N, np.pi)                         # rad: a flat open hand reads 180 degrees on every motor
+SIGN = np.ones(N)                # motor angle = ZERO + calibrated offset + SIGN * joint angle
+ZERO = np.full(N, np.pi)         # rad: a flat open hand reads 180 degrees on every motor
 MODELS = {1200: "XL330-M288", 1240: "XC330-M288"}
-CURRENT_LIMIT = {1200: 0.350, 1240: 0.550}       # A, by model number: the lite motors overheat above it
-SUPPLY = 5.0                                     # V
+CURRENT_LIMIT = {1200: 0.350, 1240: 0.550}       # A: the lite motors overheat above it
+SUPPLY = 5.0                     # V
 
 CONTROL_HZ = 20
-MAX_STEP = 0.12                                  # rad per command: 2.4 rad/s, far above a policy's 1/24 + correction
-MOVE_SPEED = 1.0                                 # rad/s, of slow moves to a start pose
-OPEN_FIRST = np.array([j.motor_id >= 12 or j.motor_id % 4 == 0 for j in JOINTS])    # thumb and side joints, see move_to
+MAX_STEP = 0.12                  # rad per command: 2.4 rad/s, far above a policy's 1/24 + correction
+MOVE_SPEED = 1.0                 # rad/s, of slow moves to a start pose
+SIDE = np.array([joint.name.endswith("_rot") for joint in JOINTS])     # these spread the fingers
+BASE = np.array([joint.name.endswith("_mcp") for joint in JOINTS]) & (np.arange(N) < 12)
+OPEN = 0.6                       # rad, how far the fingers bend back for a move, see move_to
 
-# What one motor does, in the textbook sense that the training simulator uses (XL330, identified by Rhoban's
-# "Better Actuator Models", arXiv 2410.08650): duty per rad of error from the firmware's P gain, torque from duty.
+# What one motor does, in the textbook sense of the training simulator (XL330, identified in
+# "Better Actuator Models", arXiv 2410.08650): duty per rad of error from the firmware's P gain,
+# torque from duty.
 KT = 0.366                                       # N m / A
 RESISTANCE = 2.811                               # ohm
 ARMATURE = 0.001808                              # kg m^2
 DUTY_PER_RAD = P_GAIN * 4096 / (2 * np.pi) / (256 * 885)           # 1 / rad
-STIFFNESS = DUTY_PER_RAD * KT * SUPPLY / RESISTANCE                # N m / rad: 1.50, side joints 1.12
-DAMPING = KT ** 2 / RESISTANCE                                     # N m s / rad, back-EMF: 0.048
-FRICTION = 0.012                                                   # N m: base 0.005 + Stribeck 0.005 + some load
-TORQUE = KT * CURRENT_LIMIT[1200]                                  # N m: 0.128
+STIFFNESS = DUTY_PER_RAD * KT * SUPPLY / RESISTANCE                # N m / rad: 1.50, sides 1.12
+DAMPING = KT ** 2 / RESISTANCE                   # N m s / rad, back-EMF: 0.048
+FRICTION = 0.012                                 # N m: base 0.005 + Stribeck 0.005 + some load
+TORQUE = KT * CURRENT_LIMIT[1200]                # N m: 0.128
 
 
 # ------------------------------------------------------------------------------- the interface
-SIDE = np.array([j.name.endswith("_rot") for j in JOINTS])             # these spread the fingers
-BASE = np.array([j.name.endswith("_mcp") and j.motor_id < 12 for j in JOINTS])
-OPEN = 0.6                     # rad, how far the fingers bend back for a move, see move_to
-
 
 class Problem(Exception):
     """Something the user can mend. Printed as one line; exit status 2."""
