@@ -283,10 +283,15 @@ def test_each_difference_changes_what_it_says_and_nothing_else(kind):
     a, b, own = plain.model(), other.model(), held(plain)
     if kind == "object":
         assert np.array_equal(a.geom_size[~own], b.geom_size[~own])
-        share = b.geom_size[own] / a.geom_size[own]
-        assert 0 < np.abs(share - 1).max() <= 0.03 and np.ptp(share) < 1e-9
-        off = np.abs(b.body_ipos - a.body_ipos)
-        assert 0 < off[-1].max() <= 0.003 and not off[:-1].any()
+        assert not np.abs(b.body_ipos - a.body_ipos)[:-1].any()
+        sizes, centres = [], []
+        for seed in range(10):
+            m = VirtualHand(seed, load=CUBE[1], differs=("object",)).model()
+            share = m.geom_size[own] / a.geom_size[own]
+            assert np.ptp(share) < 1e-9
+            sizes.append(abs(share[0, 0] - 1))
+            centres.append(np.abs(m.body("object").ipos).max())
+        assert 0.015 < max(sizes) <= 0.03 and 0.0015 < max(centres) <= 0.003
     if kind == "contact":
         tips = np.array([b.geom(g).name.endswith("_tip") for g in range(b.ngeom)])
         links = ~own & ~tips
@@ -297,7 +302,7 @@ def test_each_difference_changes_what_it_says_and_nothing_else(kind):
         assert 0.003 <= patch.min() and patch.max() <= 0.008
         softness, bounce = b.geom_solref[~own].T
         assert 0.012 <= softness[0] <= 0.028 and not np.ptp(softness)
-        assert 0.7 <= bounce[0] <= 1.2 and not np.ptp(bounce)
+        assert 0.7 <= bounce[0] <= 1.2 and bounce[0] != 1 and not np.ptp(bounce)
     if kind == "wrist":
         angles = []
         for seed in range(20):
@@ -479,12 +484,13 @@ def test_an_object_rests_in_closed_fingers_when_an_episode_begins():
 @pytest.mark.parametrize("script", ["train_policy.py", "collect.py", "fit_ndm.py", "deploy.py"])
 def test_nothing_that_learns_looks_behind_the_interface(script):
     """No private attribute but a script's own, by name or by getattr, and no door but
-    `open_hand`."""
+    `open_hand`. (A NamedTuple's `_replace` is public in spite of its name.)"""
     hidden = {name for name in [*vars(VirtualHand(0)), *vars(VirtualHand)]
               if name[0] == "_" and not name.endswith("__")}
     for node in ast.walk(ast.parse((ROOT / script).read_text())):
         where = f"{script}:{getattr(node, 'lineno', 0)}"
-        if isinstance(node, ast.Attribute) and node.attr[0] == "_" and node.attr[-2:] != "__":
+        private = isinstance(node, ast.Attribute) and node.attr[0] == "_"
+        if private and node.attr[-2:] != "__" and node.attr != "_replace":
             assert isinstance(node.value, ast.Name) and node.value.id == "self", where
             assert node.attr not in hidden, where
         if isinstance(node, ast.Constant):
