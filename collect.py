@@ -46,6 +46,7 @@ BLOCK = 48             # episodes simulated at once
 JAM = 0.3              # rad between target and joint: three times what saturates the motor
 JAM_STEPS = 30         # 1.5 s of it
 ATTEMPTS = 5           # with other balls and other noise, before a trajectory is given up
+IN_A_ROW = 3           # given up: the box is too full
 
 
 # --------------------------------------------------------------------------- what is replayed
@@ -226,7 +227,7 @@ def run(job, hand, workers, policy, content):
     todo, (saved, jammed) = missing(job), map(len, there(job))
     targets = sequences(job, policy, content) if todo else None
     job.folder.mkdir(parents=True, exist_ok=True)
-    began, new, jams, faults = time.monotonic(), [], 0, 0
+    began, new, jams, faults, row = time.monotonic(), [], 0, 0, 0
     bar = sim.Progress(f"collect {job.facts['port']} {job.facts['wrist']}", job.total)
     bar(saved + jammed)
     with open(job.folder / "log.txt", "a") as log:
@@ -239,14 +240,18 @@ def run(job, hand, workers, policy, content):
             for text in outcome.jams:
                 say(f"trajectory {outcome.index}: {text}")
             jams, faults = jams + len(outcome.jams), faults + outcome.faults
+            row = row + 1 if outcome.lag is None else 0
             if outcome.lag is None:
                 jammed += 1
             else:
                 new.append(outcome)
-            recent = [(o.lag, 1000 * o.current) for o in new[-50:]] or [(0, 0)]
-            lag, current = np.mean(recent, 0)
-            hours = (saved + len(new)) * SECONDS / 3600
-            bar(saved + len(new) + jammed, f"{hours:.2f} h, lag {lag:.3f} rad, {current:.0f} mA, "
+            if row == IN_A_ROW:
+                raise H.Problem(
+                    f"{row} trajectories in a row jammed at all {ATTEMPTS} attempts (see "
+                    f"{log.name}): the box is too full, or something holds a finger. Take a few "
+                    f"balls out, delete {job.folder}/*.jammed and run this again")
+            lag, current = np.mean([(o.lag, o.current) for o in new[-50:]] or [(0, 0)], 0)
+            bar(saved + len(new) + jammed, f"lag {lag:.3f} rad, {1000 * current:.0f} mA, "
                 f"{jams} jams, {faults} faults")
         say(f"end: {saved + len(new)} trajectories, {jams} jams, {faults} faults")
     saved += len(new)

@@ -128,13 +128,6 @@ def on_the_hand(pool, args, trials, corrected, film=None):
     return {name: np.array([row[name] for row in rows]) for name in METRICS}
 
 
-def in_training_simulator(policy, args, objects, trials):
-    wrist = trials[0].wrist
-    env = sim.Rotation(len(trials), objects, [wrist], args.axis, seed=args.seed)
-    return sim.run_episodes(
-        env, lambda env: act(policy, env), title=f"ceiling {wrist}", trials=trials)
-
-
 # ------------------------------------------------------------------------------------ statistics
 def spread(x):
     """Mean, standard deviation and standard error of the mean of episodes x (n,)."""
@@ -168,17 +161,25 @@ def summary(part):
             "gain": gain, "recovered": share, "recovered_interval": interval}
 
 
+HEADING = f"{'':20}  turned, rad           TTF, s      RotP, rad/s      (+- standard error)"
+
+
+def line(name, kind, numbers):
+    r, t, p = (numbers[m] for m in METRICS)
+    return (f"{name:>10} {kind:<9}{r['mean'] / HZ:7.2f} +- {r['sem'] / HZ:4.2f}"
+            f"{t['mean']:9.1f} +- {t['sem']:3.1f}{p['mean']:9.2f} +- {p['sem']:4.2f}")
+
+
 def print_summary(name, s):
+    """gain: residual - base on the same trials."""
     for kind in (*KINDS, "gain"):
-        r, t, p = (s[kind][m] for m in METRICS)
-        print(f"{name:>10} {kind:<9}{r['mean'] / HZ:7.2f} +- {r['sem'] / HZ:4.2f}"
-              f"{t['mean']:9.1f} +- {t['sem']:3.1f}{p['mean']:9.2f} +- {p['sem']:4.2f}")
+        print(line(name, kind, s[kind]))
     if s["recovered"] is None:
         print(f"{name:>10} nothing is lost that could be recovered")
-        return
-    low, high = s["recovered_interval"] or (np.nan, np.nan)
-    known = f"{100 * low:.0f} to {100 * high:.0f} %" if low == low else "not determined"
-    print(f"{name:>10} recovered {100 * s['recovered']:.0f} % (95 % interval: {known})")
+    else:
+        low, high = s["recovered_interval"] or (np.nan, np.nan)
+        known = "not determined" if np.isnan(low) else f"{100 * low:.0f} to {100 * high:.0f} %"
+        print(f"{name:>10} recovered {100 * s['recovered']:.0f} % (95 % interval: {known})")
 
 
 def compare(args, policy, objects, pool):
@@ -188,7 +189,9 @@ def compare(args, policy, objects, pool):
     for wrist in args.wrist:
         trials = sim.trials(objects, wrist, args.axis, args.episodes, args.seed)
         parts[wrist] = {
-            "ceiling": in_training_simulator(policy, args, objects, trials),
+            "ceiling": sim.run_episodes(
+                sim.Rotation(len(trials), objects, [wrist], args.axis, seed=args.seed),
+                lambda env: act(policy, env), title=f"ceiling {wrist}", trials=trials),
             "base": on_the_hand(pool, args, trials, False),
             "residual": on_the_hand(pool, args, trials, True, args.gif)}
     mean = {kind: {m: np.mean([part[kind][m] for part in parts.values()], 0) for m in METRICS}
@@ -196,8 +199,8 @@ def compare(args, policy, objects, pool):
     wrists = {wrist: summary(part) for wrist, part in parts.items()}
     report = {"port": args.port, "episodes": args.episodes, "seed": args.seed, "axes": args.axis,
               "objects": [obj.name for obj in objects], "wrists": wrists, **summary(mean)}
-    print(f"\n{args.port}, {args.episodes} episodes a wrist, +- standard error; gain: residual - "
-          f"base on the same trials\n{'':20}  turned, rad           TTF, s      RotP, rad/s")
+    print(f"\n{args.port}, {args.episodes} episodes a wrist; gain: residual - base on the same "
+          f"trials\n{HEADING}")
     for wrist, s in wrists.items():
         print_summary(wrist, s)
     if len(wrists) > 1:
@@ -206,16 +209,15 @@ def compare(args, policy, objects, pool):
 
 
 def measure(args, objects, pool):
-    """The hand as it is asked for, with or without residual; printed and returned as a report."""
+    """The hand with or without the residual; printed and returned as a report."""
     report = {"port": args.port, "seed": args.seed}
     for wrist in args.wrist:
         trials = sim.trials(objects, wrist, args.axis, args.episodes, args.seed)
         results = on_the_hand(pool, args, trials, not args.base, args.gif)
-        s = report[wrist] = {name: spread(x) for name, x in results.items()}
-        r, t, p = (s[name] for name in METRICS)
-        print(f"{args.port} {wrist}: {r['mean'] / HZ:.2f} +- {r['sem'] / HZ:.2f} rad "
-              f"(RotR {r['mean']:.0f}), TTF {t['mean']:.1f} s, RotP {p['mean']:.2f} rad/s, "
-              f"{args.episodes} episodes")
+        report[wrist] = {name: spread(x) for name, x in results.items()}
+    print(f"\n{args.port}, {args.episodes} episodes a wrist\n{HEADING}")
+    for wrist in args.wrist:
+        print(line(wrist, "base" if args.base else "residual", report[wrist]))
     return report
 
 

@@ -26,7 +26,7 @@ from conftest import finish, one_line_problem, start
 
 pytestmark = pytest.mark.usefixtures("grasps")
 
-PORT, WRIST = "sim:3", "palm_up"
+PORT, WRIST = "sim:7", "palm_up"
 HERE = ("--port", PORT, "--wrist", WRIST)
 
 
@@ -155,7 +155,7 @@ class FakeHand(H.Hand):
 
     def move_to(self, q, seconds=0.0):
         self.command(H.GRASP)
-        self.q = q
+        self.q = self.target = q
         self.count += 1
         return q
 
@@ -216,13 +216,22 @@ def test_a_trajectory_that_always_jams_is_given_up_for_good(tmp_path):
     assert (tmp_path / "00001.jammed").read_text().count("mf_mcp jammed") == collect.ATTEMPTS
 
 
+def test_a_box_that_jams_everything_ends_the_collection(
+        real, toy_policy, tmp_path, monkeypatch):
+    hand = real(FakeHand(realtime=True, stuck=lambda count: count > 6))
+    with pytest.raises(H.Problem, match="3 trajectories in a row jammed"):
+        collected(monkeypatch, toy_policy, "--hours", 100 / 180, "--out", tmp_path)
+    assert len(shards(tmp_path)) == 6 and hand.target is None, "it has let go"
+
+
 def test_a_load_that_passes_is_no_jam():
     replay, hand = collect.Replay(np.tile(H.GRASP, (400, 1))), FakeHand()
-    for step in range(400):
+    for step in range(30 * 13):
         hand.target = replay.act(H.GRASP - 0.4 * (step % 30 > 0))
         assert not replay.watch(hand)                        # 1.45 s at a time
+    hand.target = replay.act(H.GRASP)
+    assert not replay.watch(hand)
     for step in range(30):
-        hand.target = H.GRASP
         replay.q = H.GRASP + 0.31
         assert replay.watch(hand) == (step == 29)
 
@@ -256,7 +265,7 @@ def test_a_virtual_hand_collects_at_every_wrist_that_the_policy_knows(toy_policy
     status, out, err = finish(process)
     assert status == 0, err
     for wrist in ("palm_up", "palm_down"):
-        folder = tmp_path / f"data/sim3-{wrist}-none-waves"
+        folder = tmp_path / f"data/sim7-{wrist}-none-waves"
         assert len(shards(folder)) == 2, "the hours are shared"
         assert str(sim.load_npz(shards(folder)[0], "wrist")["wrist"]) == wrist
 
