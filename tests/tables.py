@@ -47,8 +47,8 @@ def errors_table(files):
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise H.Problem("not all of these are a table.json of the same comparison "
                         f"({type(error).__name__}: {error})")
-    lines = [f"mrad, mean over joints; {len(files)} hands: mean, standard deviation over hands (sd), "
-             "95 % interval of the mean (+-)"]
+    lines = [f"mrad, mean over joints; {len(files)} hands: mean, standard deviation over hands "
+             "(sd), 95 % interval of the mean (+-)"]
     for error, title in (("one", "one step"), ("open", "0.5 s open loop")):
         for name, models in tables[0].items():
             lines += ["", f"{title}, {name}", " " * 48 + "against joint"]

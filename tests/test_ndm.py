@@ -300,7 +300,7 @@ def test_the_residual_mends_a_joint_that_answers_with_less():
 
 def test_the_residual_does_not_correct_what_both_models_believe():
     """Two models that are wrong in the same way (they expect every joint to give way by 30 mrad a
-    step) differ in nothing: no correction, though neither predicts what the simulated joints did."""
+    step) differ in nothing: no correction, though neither predicts what simulated joints did."""
     def f(history):
         return weak_joint(np.ones(16))(history) + 0.03
 
