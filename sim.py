@@ -201,14 +201,18 @@ class Balls(NamedTuple):
 
     @classmethod
     def drawn(cls, rng):
-        """Another box: +-1.5 cm on every side, 16 to 30 balls of other size, mass and softness."""
-        usual = cls()
-        smallest = rng.uniform(0.019, 0.025)
+        """Another box: +-1.5 cm on every side, balls of other size, mass and softness, as many as
+        leave room for the fingers (a quarter of the usual box is balls)."""
+        usual, smallest = cls(), rng.uniform(0.019, 0.025)
+        low = np.array(usual.low) + rng.uniform(-0.015, 0.015, 3)
+        high = np.array(usual.high) + rng.uniform(-0.015, 0.015, 3)
+        largest = smallest + rng.uniform(0.003, 0.010)
+        ball = 4 / 3 * np.pi * (0.5 * (smallest + largest)) ** 3
         return cls(
-            count=int(rng.integers(16, 31)),
-            low=tuple(np.array(usual.low) + rng.uniform(-0.015, 0.015, 3)),
-            high=tuple(np.array(usual.high) + rng.uniform(-0.015, 0.015, 3)),
-            radius=(smallest, smallest + rng.uniform(0.003, 0.010)),
+            count=round(rng.uniform(0.18, 0.27) * np.prod(high - low) / ball),
+            low=tuple(low),
+            high=tuple(high),
+            radius=(smallest, largest),
             mass=rng.uniform(0.005, 0.015),
             softness=rng.uniform(0.007, 0.018),
             friction=rng.uniform(0.2, 0.8),
