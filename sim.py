@@ -789,7 +789,11 @@ def run_episodes(env, act, record=None, title=None, trials=None, restarted=None)
     """Let `act(env) -> targets (n, N)` drive every environment of `env` for one 20 s episode, of
     `trials` if given. Returns the dict of `Referee`. `record(env)` is called after every step, and
     `restarted(env, ids)` after the environments `ids`, whose objects fell, have been reset."""
-    env.begin(trials) if trials else env.reset(np.arange(env.n))
+    if trials:
+        env.begin(trials)
+    else:
+        env.pushes = None
+        env.reset(np.arange(env.n))
     referee = Referee(env.axis, env.pos, env.quat)
     bar = Progress(title, EPISODE) if title else None
     for t in range(EPISODE):
