@@ -399,7 +399,8 @@ def test_every_hand_has_a_box_of_its_own_and_none_has_the_simulated_one():
         assert np.isclose(simulated["walls"], corner).any()
     boxes = [balls(VirtualHand(seed, load="balls", differs=("box",))) for seed in range(6)]
     for box in boxes:
-        assert 16 <= len(box["radius"]) <= 30
+        volume = (4 / 3 * np.pi * box["radius"] ** 3).sum()
+        assert 0.12 < volume / (0.21 * 0.215 * 0.16) < 0.40                # and sides +-1.5 cm
         assert 0.019 <= box["radius"].min() and box["radius"].max() <= 0.035
         assert 0.005 <= box["mass"][0] <= 0.015 and 0.007 <= box["soft"][0] <= 0.018
         assert 0.2 <= box["friction"][0] <= 0.8
