@@ -891,10 +891,13 @@ def open_hand(port="auto", **virtual):
 # Any mounting will do. Keep the space around the fingers free, also behind them: they bend back
 # 20 degrees.
 SOFT = 350       # mA, at most: 0.13 N m, a push of 1.3 N at a fingertip
-NUDGE = 0.2      # rad, how far a joint goes back before it is pressed
+NUDGE = 0.25     # rad, how far a joint goes back before it is pressed
+BACK = 7         # ticks, for that
 PRESS = 0.08     # rad per tick, how fast it then goes to its stop
 FINE = 0.12      # rad: as far as a zero may be off; further away something is mounted wrongly
-ALONE = 0.03     # rad, how far the joints of other fingers may move
+SIMILAR = 0.15   # rad: a stop this close to what another fault would give may be that fault
+JAMMED = 0.1     # rad: a joint that moves less is jammed
+ALONE = 0.02     # rad, how far the joints of other fingers may move
 
 # The pose from which joints are pressed, for any direction of gravity. Curled, a finger is light
 # enough to be lifted with SOFT (straight, 0.077 N m and friction are too much), and nothing is in
@@ -992,16 +995,13 @@ def press(hand, j):
     (rad, nan if it turns and turns) and how far every joint moved in all (16,)."""
     q = hand.read().q
     seen = [q]
-    goal, side = hand.target.copy(), SIDE[j]
-    goal[j] = q[j]
+    goal, side, start = hand.target.copy(), SIDE[j], q[j]
     # far enough to see a joint that is mirrored or turned by 90 degrees
-    end = side * max(side * STOP[j] + 1.75, -side * OTHER_STOP[j] + 0.2)
-    back = int(NUDGE / PRESS)
-    still = 0                                            # ticks at rest although the goal is far away
-    while still < 4 and side * goal[j] < side * end:
-        if back > 0:
-            goal[j] -= side * PRESS
-            back -= 1
+    end = 0.5 + max(side * STOP[j] + 1.75, -side * OTHER_STOP[j])
+    still = 0                                            # ticks at rest, the goal being far away
+    while still < 4 and side * goal[j] < end:
+        if len(seen) <= BACK:
+            goal[j] = start - side * min(NUDGE, PRESS * len(seen))
         else:
             goal[j] = side * min(side * goal[j] + PRESS, side * q[j] + 0.3)
         # beyond the limits of the table: only here, and soft
@@ -1016,46 +1016,61 @@ def press(hand, j):
 
 
 def judge(stops, moved, others):
-    """One clear line about what is wrong, the most telling first."""
+    """One clear line about what is wrong: first what nothing else can bring about, last what may
+    be the consequence of another fault."""
     offset = stops - STOP
-    deg, who = np.rad2deg, lambda *joints: motors(MOTOR_ID[j] for j in joints)
-    wrong = np.flatnonzero(~(np.abs(offset) <= FINE))
-    near = lambda a, b: abs(a - b) < FINE
-
-    still = np.flatnonzero(moved < NUDGE / 2)
-    if len(still):
-        raise Problem(f"{who(*still)}: does not move when told to: jammed joint, something in its "
-                      "way, or a horn screw too tight")
-    for j in wrong:
-        if np.isnan(stops[j]):
-            raise Problem(f"{who(j)}: turns without end: the horn screw is missing, or the finger "
-                          "is not attached to it")
-    for j in wrong:
-        for k in wrong:
-            at_k = (HIGH if SIDE[j] > 0 else LOW)[k]     # where j ends if it drives k's joint
-            at_j = (HIGH if SIDE[k] > 0 else LOW)[j]
-            if j < k and near(stops[j], at_k) and near(stops[k], at_j):
-                raise Problem(f"{who(j)} and {who(k)} are swapped: exchange their ids with "
-                              "Dynamixel Wizard")
+    wrong = np.flatnonzero(np.abs(offset) > FINE)
+    jammed = np.flatnonzero(moved < JAMMED)
     drawn = np.flatnonzero(others > ALONE)
+    beyond = [j for j in wrong if SIDE[j] * offset[j] > 0]     # no obstacle takes a joint there
+    known = [j for j in wrong if causes(j, stops) and j not in jammed and j not in drawn]
+    for j in np.flatnonzero(np.isnan(stops)):
+        raise Problem(f"{_motor(j)}: turns without end: the horn screw is missing, or the finger "
+                      "is not attached to it")
+    for j in beyond + known:
+        raise_stop(j, stops, wrong)
+    if len(jammed):
+        raise Problem(f"{_motor(*jammed)}: does not move when told to: jammed joint, something in "
+                      "its way, or a horn screw too tight")
     if len(drawn):
-        raise Problem(f"{who(*drawn)}: moving it moves another finger's joint by "
-                      f"{deg(others[drawn[0]]):.0f} degrees: fingers that are tied together, "
+        raise Problem(f"{_motor(*drawn)}: moving it moves another finger's joint by "
+                      f"{np.rad2deg(others[drawn[0]]):.0f} degrees: fingers that are tied together, "
                       "something between them, or a cable that pulls")
     for j in wrong:
-        if near(abs(offset[j]), np.pi / 2):
-            raise Problem(f"{who(j)}: mounted {deg(offset[j]):+.0f} degrees off: take the part off "
-                          "the horn and turn it by 90 degrees")
-        if near(stops[j], -OTHER_STOP[j]):
-            raise Problem(f"{who(j)}: turns the wrong way: motor mounted mirrored, or SIGN in the "
-                          "table of hand.py")
-    if len(wrong):
-        j = wrong[0]
-        more = f"; {len(wrong) - 1} more like this" if len(wrong) > 1 else ""
-        raise Problem(
-            f"{who(j)}: {'upper' if SIDE[j] > 0 else 'lower'} stop at {deg(stops[j]):.0f} degrees, "
-            f"expected {deg(STOP[j]):.0f}: horn mounted {deg(offset[j]):+.0f} degrees off (a tooth "
-            f"or more), or something blocks the joint{more}")
+        raise_stop(j, stops, wrong)
+
+
+def causes(j, stops):
+    """What in the way the hand is built would make joint j stop where it does, in words."""
+    offset, found = stops[j] - STOP[j], []
+    for k in range(N):
+        mine = (HIGH if SIDE[j] > 0 else LOW)[k]         # where j stops when it drives k's joint
+        its = (HIGH if SIDE[k] > 0 else LOW)[j]
+        if (FINGER[k] == FINGER[j] and k != j and abs(stops[j] - mine) < SIMILAR
+                and abs(stops[k] - its) < SIMILAR):
+            found.append(f"its id is swapped with {_motor(k)}")
+    if abs(abs(offset) - np.pi / 2) < SIMILAR:
+        found.append("take the part off its horn and turn it by 90 degrees")
+    if abs(stops[j] + OTHER_STOP[j]) < SIMILAR or (SIDE[j] * offset > 0.5 and not found):
+        found.append("it turns the wrong way (mounted mirrored, or SIGN in the table of hand.py) or "
+                     "drives another joint (ids swapped)")
+    return found
+
+
+def raise_stop(j, stops, wrong):
+    offset, why = stops[j] - STOP[j], causes(j, stops)
+    if not why or abs(offset) < 0.5:
+        why.append(f"horn mounted {np.rad2deg(offset):+.0f} degrees off (a tooth or more)")
+    if SIDE[j] * offset < 0:
+        why.append("something blocks the joint")
+    more = f"; {len(wrong) - 1} more like this" if len(wrong) > 1 else ""
+    raise Problem(f"{_motor(j)}: {'upper' if SIDE[j] > 0 else 'lower'} stop at "
+                  f"{np.rad2deg(stops[j]):.0f} degrees, expected {np.rad2deg(STOP[j]):.0f}: "
+                  f"{', or '.join(why)}{more}")
+
+
+def _motor(*joints):
+    return motors(MOTOR_ID[j] for j in joints)
 
 
 def print_table(stops, moved, others):

@@ -161,6 +161,7 @@ class Physics:
         # MuJoCo's constraints give way by default; stiction and stops of a hand do not
         self.model.dof_solimp[:, :2] = self.model.jnt_solimp[:, :2] = 0.999
         self.model.tendon_solimp_lim[:, :2] = 0.999
+        self.model.tendon_solref_lim[:, 0] = self.model.jnt_solref[:, 0] = 2 * TIME_STEP
         self.data = mujoco.MjData(self.model)
         self.adr = np.array([self.model.joint(joint.name).qposadr[0] for joint in H.JOINTS])
         self.data.qpos[self.adr] = 0 if bound else draw(0.0, 0.3)
