@@ -913,9 +913,9 @@ FINGER = [joint.name.split("_")[0] for joint in JOINTS]
 ROLE = [joint.name.split("_")[1] for joint in JOINTS]
 CURLED = np.array([(THUMB_CURL if finger == "th" else CURL).get(role, 0.0)
                    for finger, role in zip(FINGER, ROLE)])
-SIDE = np.array([1 if role in UP else -1 for role in ROLE])       # of the stop
-STOP = np.where(SIDE > 0, HIGH, LOW)                              # rad
-OTHER_STOP = np.where(SIDE > 0, LOW, HIGH)
+TOWARD = np.array([1 if role in UP else -1 for role in ROLE])     # the sign of that
+STOP = np.where(TOWARD > 0, HIGH, LOW)                            # rad
+OTHER_STOP = np.where(TOWARD > 0, LOW, HIGH)
 
 
 def check(argv=None):
@@ -995,7 +995,7 @@ def press(hand, j):
     (rad, nan if it turns and turns) and how far every joint moved in all (16,)."""
     q = hand.read().q
     seen = [q]
-    goal, side, start = hand.target.copy(), SIDE[j], q[j]
+    goal, side, start = hand.target.copy(), TOWARD[j], q[j]
     # far enough to see a joint that is mirrored or turned by 90 degrees
     end = 0.5 + max(side * STOP[j] + 1.75, -side * OTHER_STOP[j])
     still = 0                                            # ticks at rest, the goal being far away
@@ -1022,7 +1022,7 @@ def judge(stops, moved, others):
     wrong = np.flatnonzero(np.abs(offset) > FINE)
     jammed = np.flatnonzero(moved < JAMMED)
     drawn = np.flatnonzero(others > ALONE)
-    beyond = [j for j in wrong if SIDE[j] * offset[j] > 0]     # no obstacle takes a joint there
+    beyond = [j for j in wrong if TOWARD[j] * offset[j] > 0]     # no obstacle takes a joint there
     known = [j for j in wrong if causes(j, stops) and j not in jammed and j not in drawn]
     for j in np.flatnonzero(np.isnan(stops)):
         raise Problem(f"{_motor(j)}: turns without end: the horn screw is missing, or the finger "
@@ -1034,7 +1034,7 @@ def judge(stops, moved, others):
                       "its way, or a horn screw too tight")
     if len(drawn):
         raise Problem(f"{_motor(*drawn)}: moving it moves another finger's joint by "
-                      f"{np.rad2deg(others[drawn[0]]):.0f} degrees: fingers that are tied together, "
+                      f"{np.rad2deg(others[drawn[0]]):.0f} degrees: fingers tied together, "
                       "something between them, or a cable that pulls")
     for j in wrong:
         raise_stop(j, stops, wrong)
@@ -1044,16 +1044,16 @@ def causes(j, stops):
     """What in the way the hand is built would make joint j stop where it does, in words."""
     offset, found = stops[j] - STOP[j], []
     for k in range(N):
-        mine = (HIGH if SIDE[j] > 0 else LOW)[k]         # where j stops when it drives k's joint
-        its = (HIGH if SIDE[k] > 0 else LOW)[j]
+        mine = (HIGH if TOWARD[j] > 0 else LOW)[k]         # where j stops when it drives k's joint
+        its = (HIGH if TOWARD[k] > 0 else LOW)[j]
         if (FINGER[k] == FINGER[j] and k != j and abs(stops[j] - mine) < SIMILAR
                 and abs(stops[k] - its) < SIMILAR):
             found.append(f"its id is swapped with {_motor(k)}")
     if abs(abs(offset) - np.pi / 2) < SIMILAR:
         found.append("take the part off its horn and turn it by 90 degrees")
-    if abs(stops[j] + OTHER_STOP[j]) < SIMILAR or (SIDE[j] * offset > 0.5 and not found):
-        found.append("it turns the wrong way (mounted mirrored, or SIGN in the table of hand.py) or "
-                     "drives another joint (ids swapped)")
+    if abs(stops[j] + OTHER_STOP[j]) < SIMILAR or (TOWARD[j] * offset > 0.5 and not found):
+        found.append("it turns the wrong way (mounted mirrored, or SIGN in the table of hand.py) "
+                     "or drives another joint (ids swapped)")
     return found
 
 
@@ -1061,10 +1061,10 @@ def raise_stop(j, stops, wrong):
     offset, why = stops[j] - STOP[j], causes(j, stops)
     if not why or abs(offset) < 0.5:
         why.append(f"horn mounted {np.rad2deg(offset):+.0f} degrees off (a tooth or more)")
-    if SIDE[j] * offset < 0:
+    if TOWARD[j] * offset < 0:
         why.append("something blocks the joint")
     more = f"; {len(wrong) - 1} more like this" if len(wrong) > 1 else ""
-    raise Problem(f"{_motor(j)}: {'upper' if SIDE[j] > 0 else 'lower'} stop at "
+    raise Problem(f"{_motor(j)}: {'upper' if TOWARD[j] > 0 else 'lower'} stop at "
                   f"{np.rad2deg(stops[j]):.0f} degrees, expected {np.rad2deg(STOP[j]):.0f}: "
                   f"{', or '.join(why)}{more}")
 

@@ -1,18 +1,19 @@
-"""The physics of a LEAP Hand behind the emulated motor bus, and a clock that runs as fast as the computer.
+"""The physics of a LEAP Hand behind the emulated motor bus, and a clock that nobody waits for.
 
     bus = PhysicalBus(Clock(), seed=3, wrist="palm_down")
-    with in_process(bus):                          # hand.py now talks to this bus, in simulated time
+    with in_process(bus):                  # hand.py now talks to this bus, in simulated time
         H.check(["--check", "--yes", "--port", bus.path, ...])
 
-What is here is written from the published figures alone and shares nothing with what the policies are
-trained in: links as wide as the published collision boxes, so that neighbours touch; gravity; the motor
-identified as model M4 in "Better Actuator Models" (arXiv 2410.08650), with stiction that stops a finger
-before gravity does; play in the gears; a zero up to two degrees off. A seed draws what differs from hand
-to hand. Joints are those of the table in hand.py, for kinematics, masses and mechanical stops.
+Written from published figures alone; it shares nothing with what policies are trained in. Links are
+as wide as the published collision boxes, so neighbours touch. The motor is the one identified as
+model M4 in "Better Actuator Models" (arXiv 2410.08650), whose stiction may stop a finger that
+gravity pulls. There is play in the gears, and zeros are up to two degrees off. A seed draws what
+differs from hand to hand. Kinematics, masses and stops are those of the table in hand.py.
 """
 import contextlib
 import math
 
+import dynamixel_sdk
 import mujoco
 import numpy as np
 
@@ -68,7 +69,8 @@ THUMB = {
 FINGERTIP = (-0.0008, -0.0348, 0.0145), (0.0105, 0.0152, 0.0122)
 THUMBTIP = (-0.0008, -0.0468, -0.0145), (0.0105, 0.0153, 0.0122)
 
-# Which way gravity pulls in the frame of the hand: z out of the palm, x along the fingers, thumb at -y.
+# Which way gravity pulls, in the frame of the hand: z out of the palm, x along the fingers, thumb
+# at -y.
 GRAVITY = {"palm_up": (0, 0, -1), "palm_down": (0, 0, 1), "thumb_up": (0, 1, 0),
            "thumb_down": (0, -1, 0), "base_up": (1, 0, 0), "base_down": (-1, 0, 0)}
 
@@ -104,25 +106,26 @@ def build(gravity, wider, play, viscous, armature, bound=None):
             k = H.JOINTS.index(link.joint)
             body.add_joint(name=link.joint.name, axis=(0, 0, -1), armature=armature[k],
                            frictionloss=0.01, damping=viscous[k], solref_friction=(0.004, 1))
-            body.add_joint(name=f"{link.joint.name}_play", axis=(0, 0, -1), limited=1, damping=0.002,
-                           armature=2e-5, range=(-play[k] / 2, play[k] / 2))
+            body.add_joint(name=f"{link.joint.name}_play", axis=(0, 0, -1), limited=1,
+                           damping=0.002, armature=2e-5, range=(-play[k] / 2, play[k] / 2))
         boxes, tip = shapes(link)
         for centre, half, *quat in boxes:
             body.add_geom(type=mujoco.mjtGeom.mjGEOM_BOX, pos=centre,
-                          size=np.array(half) + wider[link.name] / 2, quat=quat[0] if quat else (1, 0, 0, 0))
+                          size=np.array(half) + wider[link.name] / 2,
+                          quat=quat[0] if quat else (1, 0, 0, 0))
         if tip:
-            body.add_geom(type=mujoco.mjtGeom.mjGEOM_ELLIPSOID, pos=tip[0], size=tip[1], friction=(1, 0.005, 1e-4))
-            body.add_site(name=link.name, pos=tip[0])
-    for link in H.LINKS:                         # what overlaps by construction, as in the published model
+            body.add_geom(type=mujoco.mjtGeom.mjGEOM_ELLIPSOID, pos=tip[0], size=tip[1])
+    for link in H.LINKS:                         # what overlaps by construction, as published
         part = link.name.partition("_")[2]
         if part in ("bs", "px", "md", "mp"):
             spec.add_exclude(bodyname1="palm", bodyname2=link.name)
-    names = [link.name for link in H.LINKS if link.name.endswith(("bs", "mp")) and link.name != "th_bs"]
-    for k, one in enumerate(names):
-        for other in names[:k]:
+    bases = ["if_bs", "mf_bs", "rf_bs", "th_mp"]
+    for k, one in enumerate(bases):
+        for other in bases[:k]:
             spec.add_exclude(bodyname1=one, bodyname2=other)
     for joint in H.JOINTS:                       # it is the link that meets a stop, behind the play
-        stop = spec.add_tendon(name=f"{joint.name}_stop", limited=True, range=(joint.low, joint.high))
+        stop = spec.add_tendon(name=f"{joint.name}_stop", limited=True,
+                               range=(joint.low, joint.high))
         stop.wrap_joint(joint.name, 1)
         stop.wrap_joint(f"{joint.name}_play", 1)
     if bound:
@@ -142,8 +145,8 @@ def build(gravity, wider, play, viscous, armature, bound=None):
 class Physics:
     """Moves the joints of an `EmulatedBus` up to any time: `bus.physics`.
 
-    wrist is a name of GRAVITY, or three numbers. A seed draws play, friction (+-30 %), supply, motor
-    constants and widths (+-1 mm), and where the limp fingers lie at first."""
+    wrist is a name of GRAVITY, or three numbers. A seed draws play, friction (+-30 %), supply,
+    motor constants, widths (+-1 mm), zeros, and where the limp fingers are at first."""
 
     def __init__(self, bus, seed=0, wrist="palm_up", bound=None):
         self.bus, self.time = bus, None
@@ -194,7 +197,8 @@ class Physics:
             amps[k] = abs(m["goal_current"]) / 1000
             flip[k], stuck[k] = m.joint.sign * m.direction, m.joint.stuck
             free[k] = not self.moves(m)
-        on, amps, p, d = on * (1 - free), amps * self.limit, p * self.gain * COUNTS, d * COUNTS / 1000
+        on, amps = on * (1 - free), amps * self.limit
+        p, d = p * self.gain * COUNTS, d * COUNTS / 1000
         model, data, adr = self.model, self.data, self.adr
         for _ in range(steps):
             w = data.qvel[adr]
@@ -237,7 +241,7 @@ class Clock:
 
 
 class PhysicalBus(EmulatedBus):
-    """An `EmulatedBus` in this thread, without pseudo-terminal: `in_process` connects hand.py to it.
+    """An `EmulatedBus` in this thread, without pseudo-terminal: see `in_process`.
 
     With wrist=None its joints move as the emulated bus has them, without links and gravity."""
 
@@ -281,7 +285,7 @@ class Port:
         data, self.bus.received = self.bus.received[:length], self.bus.received[length:]
         return data
 
-    read = readPort
+    read, reset_input_buffer = readPort, clearPort
 
     def write(self, data):
         self.bus.buffer += bytes(data)
@@ -325,6 +329,7 @@ def patched(module, **values):
 @contextlib.contextmanager
 def in_process(bus):
     """hand.py talks to this bus, in this process, and both live by the clock of the bus."""
-    with patched(emulated_bus, time=bus.clock), \
-            patched(H, time=bus.clock, PortHandler=lambda path: Port(bus), SILENCE=600):
+    port = dict(PortHandler=lambda path: Port(bus))
+    with patched(emulated_bus, time=bus.clock), patched(dynamixel_sdk, **port), \
+            patched(H, time=bus.clock, SILENCE=600, **(port if hasattr(H, "PortHandler") else {})):
         yield
