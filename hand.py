@@ -999,9 +999,9 @@ def press(hand, j):
     # far enough to see a joint that is mirrored or turned by 90 degrees
     end = 0.5 + max(side * STOP[j] + 1.75, -side * OTHER_STOP[j])
     still = 0                                            # ticks at rest, the goal being far away
-    while still < 4 and side * goal[j] < end:
-        if len(seen) <= BACK:
-            goal[j] = start - side * min(NUDGE, PRESS * len(seen))
+    for tick in range(1, 200):
+        if tick <= BACK:
+            goal[j] = start - side * min(NUDGE, PRESS * tick)
         else:
             goal[j] = side * min(side * goal[j] + PRESS, side * q[j] + 0.3)
         # beyond the limits of the table: only here, and soft
@@ -1011,6 +1011,8 @@ def press(hand, j):
         seen.append(q)
         far = side * (goal[j] - q[j]) > 0.2
         still = still + 1 if far and abs(q[j] - last[j]) < 0.01 else 0
+        if still == 4 or side * goal[j] > end:
+            break
     hand.target = np.clip(q, LOW, HIGH)
     return (q[j] if still == 4 else np.nan), np.ptp(seen, axis=0)
 

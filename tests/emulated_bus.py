@@ -594,8 +594,12 @@ class EmulatedBus:
 
     def _broadcast(self, awake, instruction, params, now):
         """Execute for all; [(motor, status packet)] in the order in which they answer."""
+        by_id = {}
+        for m in awake:
+            by_id.setdefault(m["id"], []).append(m)
+
         def named(id):
-            return [m for m in awake if m["id"] == id]
+            return by_id.get(id, [])
 
         if instruction == PING:
             return [(m, self._unicast(m, PING, b"", now)[0]) for m in sorted(awake, key=lambda m: m["id"])]
