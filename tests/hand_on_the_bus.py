@@ -213,11 +213,10 @@ class Physics:
             model.dof_frictionloss[adr] = np.where(stuck, 9.0, np.where(free, 0.001, friction))
             data.qfrc_applied[adr] = self.tau
             mujoco.mj_step(model, data)
-            rubbing = np.zeros(model.nv)
-            kind = data.efc_type[:data.nefc]
-            rows = np.flatnonzero(kind == mujoco.mjtConstraint.mjCNSTR_FRICTION_DOF)
-            rubbing[data.efc_id[rows]] = data.efc_force[rows]
-            self.external = (data.qfrc_constraint - rubbing - data.qfrc_bias)[adr]
+            # what bears on the gears from outside: all but the friction itself, whose rows come
+            # right after those of equalities, one for each of these joints
+            rubbing = data.efc_force[data.ne:data.ne + data.nf]
+            self.external = (data.qfrc_constraint - data.qfrc_bias)[adr] - rubbing
         for k, m in driven.items():
             if free[k]:
                 continue

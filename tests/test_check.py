@@ -177,19 +177,16 @@ def test_a_mirrored_motor_that_the_table_knows_is_healthy(monkeypatch):
     assert abs(found[H.MOTOR_ID.index(2)] - 40 * H.COUNT) < np.deg2rad(0.6)
 
 
-def test_the_hand_is_soft_while_it_is_checked():
-    """Also full motors, and no motor more than its own limit."""
-    for model, limit in ((1200, 350), (1240, 350)):
-        bus = PhysicalBus(Clock(), 0, "palm_up", models=model)
-        seen = set()
+def test_full_motors_are_soft_while_they_are_checked():
+    """Their own current limit is 550 mA."""
+    bus, seen = PhysicalBus(Clock(), 0, "palm_up", models=1240), set()
 
-        def step(now, step=bus.physics.step):
-            step(now)
-            if driving(bus):
-                seen.update((m["goal_current"], m["torque_enable"]) for m in bus.motors.values())
-        bus.physics.step = step
-        check(bus, "--yes")
-        assert max(current for current, on in seen if on) == limit
+    def step(now, step=bus.physics.step):
+        step(now)
+        seen.update(m["goal_current"] for m in bus.motors.values() if m.driving)
+    bus.physics.step = step
+    problem, _ = check(bus, "--yes")
+    assert problem is None and seen == {H.SOFT}
 
 
 @pytest.mark.parametrize("answers, words", [
