@@ -954,10 +954,10 @@ def check(argv=None):
     judge(stops, moved, others)
     passed("movement     every joint moves, and only that one")
     if not args.yes and not agree(
-            "Did the fingers move in the order index, middle, ring, thumb, and in each finger base "
-            "(back), side (away from the thumb), middle (curling), tip (stretching)?"):
-        raise Problem("joints move in the wrong order: motor ids are swapped; set them with "
-                      "Dynamixel Wizard as the table of hand.py has them")
+            "Did index, middle, ring and thumb move in this order, and in each finger first the "
+            "base (back), then side (towards the thumb), middle (curling), tip (stretching)?"):
+        raise Problem("joints move in the wrong order: motor ids are swapped, or a side motor is "
+                      "mounted mirrored; the table of hand.py has the ids")
     passed(f"zeros        within {np.rad2deg(np.abs(stops - STOP).max()):.1f} degrees of the table")
     save_calibration(args.calibration, hand.offset + SIGN * (stops - STOP))
     print(f"zero offsets written to {args.calibration}")
