@@ -31,10 +31,10 @@ import numpy as np
 # Kinematics, masses, limits and collision boxes: LEAP Hand (right) as published with its URDF and
 # its MuJoCo model. SI units, quaternions w x y z, link frames relative to the parent's. Every joint
 # turns about -z of its link; positive closes the finger.
-# `shapes` are what the training simulator collides: capsules ("capsule", from, to, radius) and boxes
-# ("box", centre, half sizes), true to the published boxes in width and reach, and few and round,
-# because a contact costs more than anything else in a step. `boxes` are the published ones, which
-# the virtual hand has. The last shape of a fingertip link is its rubber tip.
+# `shapes` are what the training simulator collides: capsules ("capsule", from, to, radius) and
+# boxes ("box", centre, half sizes), true to the published boxes in width and reach, and few and
+# round, because a contact costs more than anything else in a step. `boxes` are the published ones,
+# which the virtual hand has. The last shape of a fingertip link is its rubber tip.
 
 
 class Joint(NamedTuple):
@@ -211,10 +211,12 @@ CURRENT_LIMIT = {1200: 0.350, 1240: 0.550}       # A: the lite motors overheat a
 SUPPLY = 5.0                     # V
 
 CONTROL_HZ = 20
-MAX_STEP = 0.12                  # rad per command: 2.4 rad/s, far above a policy's 1/24 + correction
+MAX_STEP = 0.12                  # rad per command: far above a policy's 1/24 and its correction
 MOVE_SPEED = 1.0                 # rad/s, of slow moves to a start pose
-SIDE = np.array([joint.name.endswith("_rot") for joint in JOINTS])     # these spread the fingers
-BASE = np.array([joint.name.endswith("_mcp") for joint in JOINTS]) & (np.arange(N) < 12)
+FINGER = [joint.name.split("_")[0] for joint in JOINTS]
+ROLE = [joint.name.split("_")[1] for joint in JOINTS]
+SIDE = np.array([role == "rot" for role in ROLE])                      # these spread the fingers
+BASE = np.array([role == "mcp" and finger != "th" for finger, role in zip(FINGER, ROLE)])
 OPEN = 0.6                       # rad, how far the fingers bend back for a move, see move_to
 
 # What one motor does, in the textbook sense of the training simulator (XL330, identified in
@@ -894,27 +896,49 @@ def _error_names(flags):
     return ", ".join(names) or f"error {every}"
 
 
-# ---------------------------------------------------------------------------------------------- from the cable to a working hand
-# One line for each thing that is right; the first that is wrong ends the check with what to do about it and exit status 2.
-# First what can be seen without moving (`DynamixelHand.bring_up`, the same checks that every script makes). Then, after a yes, with soft
-# motors: each joint moved a little by itself, and each pressed gently against its lower mechanical stop, which the table of hand.py
-# knows, so that the zero is found without any instrument. Writes `calibration.json`, which the driver reads, and `check.png`.
+# -------------------------------------------------------------- from the cable to a working hand
+# One line for each thing that is right. The first that is wrong ends the check with what to do
+# about it and exit status 2. First what can be seen without moving (`DynamixelHand.bring_up`, the
+# same checks that every script makes). Then, after a yes, each joint by itself goes a little back
+# and then softly against a mechanical stop, which the table knows: that shows whether it moves,
+# whether it moves alone, and where its zero is. Writes calibration.json, which the driver reads.
 #
-# Mount the hand so that nothing is within reach of the fingers, also behind them: they bend back 20 degrees.
-SOFT = 250                 # mA, goal current during the check: 0.09 N m, enough to lift a finger, too little to hurt one
-NUDGE = 0.15               # rad, how far each joint is moved by itself
-BEND = 1.4                 # rad, of the base joints while the side joints are pressed: a bent finger swings clear of its neighbours
-FINE = 0.12                # rad: a stop this close to the table's is a zero offset; further away something is mounted wrongly
-FINGER_ORDER = "index, middle, ring (each: base, side, middle, tip), then thumb"
+# Any mounting will do. Keep the space around the fingers free, also behind them: they bend back
+# 20 degrees.
+SOFT = 350       # mA, at most: 0.13 N m, a push of 1.3 N at a fingertip
+NUDGE = 0.25     # rad, how far a joint goes back before it is pressed
+BACK = 7         # ticks, for that
+PRESS = 0.08     # rad per tick, how fast it then goes to its stop
+FINE = 0.12      # rad: as far as a zero may be off; further away something is mounted wrongly
+SIMILAR = 0.15   # rad: a stop this close to what another fault would give may be that fault
+JAMMED = 0.1     # rad: a joint that moves less is jammed
+ALONE = 0.02     # rad, how far the joints of other fingers may move
+
+# The pose from which joints are pressed, for any direction of gravity. Curled, a finger is light
+# enough to be lifted with SOFT (straight, 0.077 N m and friction are too much), and nothing is in
+# its way: fingers are as wide as the gaps between them, so a side joint reaches its stop only when
+# its finger is bent and its neighbours are not. A pip goes to its upper stop, for on its way to the
+# lower one the links meet first.
+CURL = {"pip": 1.5, "dip": 1.2}
+THUMB_CURL = {"mcp": 0.4, "ipl": 1.6}
+BENT = 1.2       # rad, of the base joint while a side joint is pressed
+UP = ("pip",)    # these are pressed against their upper stop, all others against the lower
+
+CURLED = np.array([(THUMB_CURL if finger == "th" else CURL).get(role, 0.0)
+                   for finger, role in zip(FINGER, ROLE)])
+TOWARD = np.array([1 if role in UP else -1 for role in ROLE])     # the sign of that
+STOP = np.where(TOWARD > 0, HIGH, LOW)                            # rad
+OTHER_STOP = np.where(TOWARD > 0, LOW, HIGH)
 
 
 def check(argv=None):
-    parser = argparse.ArgumentParser(prog="hand.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", required=True, help="walk from the cable to a working hand")
-    parser.add_argument("--port", default="auto", help="serial device, or auto")
-    parser.add_argument("--yes", action="store_true", help="answer every question with yes")
-    parser.add_argument("--out", default="out", help="folder for check.png")
-    parser.add_argument("--calibration", default=str(CALIBRATION), help="file for the zero offsets")
+    parser = argparse.ArgumentParser(
+        prog="hand.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--check", action="store_true", required=True, help="walk from the cable to a working hand")
+    add("--port", default="auto", help="serial device, or auto")
+    add("--yes", action="store_true", help="answer every question with yes")
+    add("--calibration", default=str(CALIBRATION), help="file for the zero offsets")
     args = parser.parse_args(argv)
 
     def agree(question):
@@ -923,165 +947,160 @@ def check(argv=None):
         print(f"{question} [y/N] ", end="", flush=True)
         return sys.stdin.readline().strip().lower() in ("y", "yes")
 
-    passed = lambda line: print(f"ok  {line}", flush=True)
-    for folder in (Path(args.out), Path(args.calibration).parent):       # now, not after a minute of moving
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / ".writable").touch()
-            (folder / ".writable").unlink()
-        except OSError as error:
-            raise Problem(f"cannot write to {folder}: {error.strerror}")
-    with DynamixelHand(args.port, args.calibration, agree=lambda text: agree(f"{text}. Set it?"), passed=passed) as hand:
-        if not agree(f"Each joint will now move, softly: {FINGER_ORDER}. Is the space around the fingers free?"):
+    def passed(line):
+        print(f"ok  {line}", flush=True)
+
+    folder = Path(args.calibration).absolute().parent
+    if not os.access(folder, os.W_OK):                   # now, not after a minute of moving
+        raise Problem(f"cannot write to {folder}, where the calibration goes")
+    with DynamixelHand(args.port, args.calibration, passed=passed,
+                       agree=lambda text: agree(f"{text}. Set it?")) as hand:
+        if not agree("Each joint will now move, softly, for about a minute. "
+                     "Is the space around the fingers free?"):
             print("not moved; everything that can be checked without moving is right")
             return 0
-        hand._set(102, 2, SOFT, name="goal current")
-        trace = []                                       # (target, q) of every tick
-        moved, others, segments = nudge_each(hand, trace)
-        judge_nudges(moved, others)
-        passed("movement     every joint moves, and only that one")
-        if not args.yes and not agree(f"Was that, in this order, {FINGER_ORDER}, each bending towards the palm or back from it?"):
-            raise Problem("joints move in the wrong order: motor ids are swapped; set them with Dynamixel Wizard (id = 4 x finger "
-                          "+ side 0, base 1, middle 2, tip 3; thumb 12-15)")
-        hand.move_to(np.zeros(N))
-        stops = find_stops(hand, trace)
-        hand.move_to(np.zeros(N))
+        limits = _integers(hand._ask(38, 2), 0, 2)
+        hand._set(102, 2, np.minimum(limits, SOFT), name="goal current")
+        stops, moved, others = press_each(hand)
         hand.rest()
-        offset = stops - LOW
-        check_table(moved, others, stops, offset)
-        check_picture(trace, segments, Path(args.out) / "check.png")
-        judge_stops(stops, offset)
-        passed(f"zeros        within {np.rad2deg(np.abs(offset).max()):.1f} degrees of the table")
-        save_calibration(args.calibration, hand.offset + SIGN * offset)     # of the motor's angle
-        print(f"zero offsets written to {args.calibration}, picture to {Path(args.out) / 'check.png'}")
-        return 0
+    print_table(stops, moved, others)
+    judge(stops, moved, others)
+    passed("movement     every joint moves, and only that one")
+    if not args.yes and not agree(
+            "Did index, middle, ring and thumb move in this order, and in each finger first the "
+            "base (back), then side (towards the thumb), middle (curling), tip (stretching)?"):
+        raise Problem("joints move in the wrong order: motor ids are swapped, or a side motor is "
+                      "mounted mirrored; the table of hand.py has the ids")
+    passed(f"zeros        within {np.rad2deg(np.abs(stops - STOP).max()):.1f} degrees of the table")
+    save_calibration(args.calibration, hand.offset + SIGN * (stops - STOP))
+    print(f"zero offsets written to {args.calibration}")
+    return 0
 
 
-def _check_tick(hand, target, trace):
-    """One command and, a control tick later, q."""
-    sent = hand.command(target)
-    hand.tick()
-    q = hand.read().q
-    trace.append((sent, q))
-    return q
-
-
-def nudge_each(hand, trace):
-    """Move every joint by itself. Returns the share of NUDGE that it moved (16,), the most that any other joint moved (16,) rad,
-    and where each joint's part of the trace lies."""
-    moved, others, segments = np.zeros(N), np.zeros(N), []
-    rest = np.clip(hand.read().q, LOW, HIGH)
-    for _ in range(8):                                   # motors take up their load before we look
-        _check_tick(hand, rest, trace)
+def press_each(hand):
+    """Press every joint by itself. Three (16,) arrays in rad: where it came to rest (nan: never),
+    how far it moved on the way, and the most that a joint of another finger moved meanwhile."""
+    stops, moved, others = np.zeros((3, N))
+    hand.move_to(CURLED)
     for j in range(N):
-        step = np.zeros(N)
-        step[j] = NUDGE if rest[j] < (LOW[j] + HIGH[j]) / 2 else -NUDGE
-        start, before = len(trace), hand.read().q
-        for share in (1 / 3, 2 / 3, 1, 1, 1, 1, 1):
-            after = _check_tick(hand, rest + share * step, trace)
-        change = after - before
-        moved[j] = change[j] / step[j]
-        others[j] = np.abs(np.delete(change, j)).max()
-        for share in (1 / 2, 0, 0, 0):
-            _check_tick(hand, rest + share * step, trace)
-        segments.append(slice(start, len(trace)))
-    return moved, others, segments
+        pose = CURLED.copy()
+        if ROLE[j] == "rot":
+            pose[FINGER.index(FINGER[j])] = BENT
+        ease(hand, pose)
+        stops[j], travel = press(hand, j)
+        moved[j] = travel[j]
+        others[j] = max(travel[k] for k in range(N) if FINGER[k] != FINGER[j])
+        ease(hand, pose)
+    hand.move_to(np.zeros(N))
+    return stops, moved, others
 
 
-def judge_nudges(moved, others):
-    drawn = np.flatnonzero(others > 0.3 * NUDGE)
+def ease(hand, pose):
+    """Straight to a pose, and wait until the motors have taken up their load."""
+    far = np.abs(pose - hand.target).max()
+    for _ in range(int(far / PRESS) + 6):
+        hand.command(hand.target + np.clip(pose - hand.target, -PRESS, PRESS))
+        hand.tick()
+
+
+def press(hand, j):
+    """Joint j a little back and then against its stop, at most SOFT. Returns where it came to rest
+    (rad, nan if it turns and turns) and how far every joint moved in all (16,)."""
+    q = hand.read().q
+    seen = [q]
+    goal, side, start = hand.target.copy(), TOWARD[j], q[j]
+    # far enough to see a joint that is mirrored or turned by 90 degrees
+    end = 0.5 + max(side * STOP[j] + 1.75, -side * OTHER_STOP[j])
+    still = 0                                            # ticks at rest, the goal being far away
+    for tick in range(1, 200):
+        if tick <= BACK:
+            goal[j] = start - side * min(NUDGE, PRESS * tick)
+        else:
+            goal[j] = side * min(side * goal[j] + PRESS, side * q[j] + 0.3)
+        # beyond the limits of the table: only here, and soft
+        hand._tell(116, 4, np.rint((ZERO + hand.offset + SIGN * goal) / COUNT))
+        hand.tick()
+        last, q = q, hand.read().q
+        seen.append(q)
+        far = side * (goal[j] - q[j]) > 0.2
+        still = still + 1 if far and abs(q[j] - last[j]) < 0.01 else 0
+        if still == 4 or side * goal[j] > end:
+            break
+    hand.target = np.clip(q, LOW, HIGH)
+    return (q[j] if still == 4 else np.nan), np.ptp(seen, axis=0)
+
+
+def judge(stops, moved, others):
+    """One clear line about what is wrong: first what nothing else can bring about, last what may
+    be the consequence of another fault."""
+    offset = stops - STOP
+    wrong = np.flatnonzero(np.abs(offset) > FINE)
+    jammed = np.flatnonzero(moved < JAMMED)
+    drawn = np.flatnonzero(others > ALONE)
+    beyond = [j for j in wrong if TOWARD[j] * offset[j] > 0]     # no obstacle takes a joint there
+    known = [j for j in wrong if causes(j, stops) and j not in jammed and j not in drawn]
+    for j in np.flatnonzero(np.isnan(stops)):
+        raise Problem(f"{_motor(j)}: turns without end: the horn screw is missing, or the finger "
+                      "is not attached to it")
+    for j in beyond + known:
+        raise_stop(j, stops, wrong)
+    if len(jammed):
+        raise Problem(f"{_motor(*jammed)}: does not move when told to: jammed joint, something in "
+                      "its way, or a horn screw too tight")
     if len(drawn):
-        raise Problem(f"{motors(MOTOR_ID[j] for j in drawn)}: moving it moves another joint by "
-                      f"{np.rad2deg(others[drawn[0]]):.0f} degrees: a cable that pulls, or fingers that touch")
-    still = np.flatnonzero(np.abs(moved) < 0.4)
-    if len(still):
-        raise Problem(f"{motors(MOTOR_ID[j] for j in still)}: does not move when told to ({100 * moved[still[0]]:.0f} % of the "
-                      "way): jammed joint, something in its way, or a horn screw too tight")
-    back = np.flatnonzero(moved < 0)
-    if len(back):
-        raise Problem(f"{motors(MOTOR_ID[j] for j in back)}: moves the wrong way: SIGN in the table of hand.py")
+        raise Problem(f"{_motor(*drawn)}: moving it moves another finger's joint by "
+                      f"{np.rad2deg(others[drawn[0]]):.0f} degrees: fingers tied together, "
+                      "something between them, or a cable that pulls")
+    for j in wrong:
+        raise_stop(j, stops, wrong)
 
 
-def find_stops(hand, trace):
-    """Press every joint gently against its lower stop; q there (16,) rad. The same joint of all four fingers at once."""
-    stops = np.zeros(N)
-    for k in range(4):
-        these = np.arange(k, N, 4)
-        pose = np.zeros(N)
-        if k == 1:
-            pose[0:12:4] = BEND
-            hand.move_to(pose)
-        goal, q = hand.target.copy(), hand.read().q
-        goal[these] = q[these]
-        end = np.minimum(LOW - 1.75, -HIGH - 0.2)        # far enough to see a joint that is mirrored or turned by 90 degrees
-        still = np.zeros(N, int)                         # ticks at rest although the goal is far away
-        while any((still[j] < 4) and goal[j] > end[j] for j in these):
-            last = q
-            for j in these:
-                goal[j] = max(goal[j] - 0.05, end[j], q[j] - 0.3)
-            hand._tell(116, 4, np.rint((ZERO + hand.offset + SIGN * goal) / COUNT))     # beyond the limits: the only place, and soft
-            hand.tick()
-            q = hand.read().q
-            trace.append((goal.copy(), q))
-            still = np.where((q - goal > 0.2) & (np.abs(q - last) < 0.01), still + 1, 0)
-        stops[these] = np.where(still[these] >= 4, q[these], np.nan)
-        hand.target = np.clip(q, LOW, HIGH)
-        hand.move_to(np.zeros(N))
-    return stops
+def causes(j, stops):
+    """What in the way the hand is built would make joint j stop where it does, in words."""
+    offset, found = stops[j] - STOP[j], []
+    for k in range(N):
+        mine = (HIGH if TOWARD[j] > 0 else LOW)[k]         # where j stops when it drives k's joint
+        its = (HIGH if TOWARD[k] > 0 else LOW)[j]
+        if (FINGER[k] == FINGER[j] and k != j and abs(stops[j] - mine) < SIMILAR
+                and abs(stops[k] - its) < SIMILAR):
+            found.append(f"its id is swapped with {_motor(k)}")
+    if abs(abs(offset) - np.pi / 2) < SIMILAR:
+        found.append("take the part off its horn and turn it by 90 degrees")
+    if abs(stops[j] + OTHER_STOP[j]) < SIMILAR or (TOWARD[j] * offset > 0.5 and not found):
+        found.append("it turns the wrong way (mounted mirrored, or SIGN in the table of hand.py) "
+                     "or drives another joint (ids swapped)")
+    return found
 
 
-def judge_stops(stops, offset):
-    """One clear line about the first joint whose stop is not where the table has it."""
-    wrong = np.flatnonzero(~(np.abs(offset) <= FINE))
-    if not len(wrong):
-        return
-    j = wrong[0]
-    who, near = motors([MOTOR_ID[j]]), lambda a, b: abs(a - b) < 0.08
-    partner = [k for k in wrong if k != j and near(stops[j], LOW[k]) and near(stops[k], LOW[j])]
-    if np.isnan(stops[j]):
-        raise Problem(f"{who}: turns without end: the horn screw is missing, or the finger is not attached to it")
-    if partner:
-        raise Problem(f"{who} and {motors([MOTOR_ID[partner[0]]])} are swapped: exchange their ids with Dynamixel Wizard")
-    if near(abs(offset[j]), np.pi / 2):
-        raise Problem(f"{who}: mounted {np.rad2deg(offset[j]):+.0f} degrees off: take the part off the horn and turn it by 90 degrees")
-    if near(stops[j], -HIGH[j]):
-        raise Problem(f"{who}: turns the wrong way: motor mounted mirrored, or SIGN in the table of hand.py")
-    raise Problem(f"{who}: lower stop at {np.rad2deg(stops[j]):.0f} degrees, expected {np.rad2deg(LOW[j]):.0f}: horn mounted "
-                  f"{np.rad2deg(offset[j]):+.0f} degrees off (a tooth or more), or something blocks the joint"
-                  + (f"; {len(wrong) - 1} more like this" if len(wrong) > 1 else ""))
+def raise_stop(j, stops, wrong):
+    offset, why = stops[j] - STOP[j], causes(j, stops)
+    if not why or abs(offset) < 0.5:
+        why.append(f"horn mounted {np.rad2deg(offset):+.0f} degrees off (a tooth or more)")
+    if TOWARD[j] * offset < 0:
+        why.append("something blocks the joint")
+    more = f"; {len(wrong) - 1} more like this" if len(wrong) > 1 else ""
+    raise Problem(f"{_motor(j)}: {'upper' if TOWARD[j] > 0 else 'lower'} stop at "
+                  f"{np.rad2deg(stops[j]):.0f} degrees, expected {np.rad2deg(STOP[j]):.0f}: "
+                  f"{', or '.join(why)}{more}")
 
 
-def check_table(moved, others, stops, offset):
-    print(f"\n{'joint':8} motor  moved  others move  lower stop  table  offset")
+def _motor(*joints):
+    return motors(MOTOR_ID[j] for j in joints)
+
+
+def print_table(stops, moved, others):
+    print("\njoint    motor   moved  others move   stop  table  offset  (degrees)")
     for j, joint in enumerate(JOINTS):
-        other, stop, low, zero = np.rad2deg([others[j], stops[j], LOW[j], offset[j]])
-        print(f"{joint.name:8} {joint.motor_id:5}  {100 * moved[j]:4.0f} %  {other:7.1f} deg  {stop:6.1f} deg  {low:5.1f}  {zero:+6.1f}")
+        values = np.rad2deg([moved[j], others[j], stops[j], STOP[j], stops[j] - STOP[j]])
+        print("{:8} {:5}  {:6.1f}  {:11.1f} {:6.1f} {:6.1f}  {:+6.1f}".format(
+            joint.name, joint.motor_id, *values))
     print()
 
 
-def check_picture(trace, segments, path):
-    """Command against measurement of each joint while it moved alone."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    target, q = (np.rad2deg([t[k] for t in trace]) for k in (0, 1))
-    fig, axes = plt.subplots(4, 4, figsize=(11, 8), sharex=True, constrained_layout=True)
-    for j, (ax, part) in enumerate(zip(axes.flat, segments)):
-        t = np.arange(part.stop - part.start) / CONTROL_HZ
-        ax.plot(t, target[part, j], label="command")
-        ax.plot(t, q[part, j], label="measured")
-        ax.set_title(f"{JOINTS[j].name} (motor {MOTOR_ID[j]})", fontsize=9)
-    axes[0, 0].legend(fontsize=8)
-    fig.supxlabel("s")
-    fig.supylabel("degrees")
-    with atomic_file(path) as file:
-        fig.savefig(file, dpi=110)
-    plt.close(fig)
-
-
 def save_calibration(path, offset):
+    offsets = {joint.name: round(float(o), 5) for joint, o in zip(JOINTS, offset)}
     with atomic_file(path, "w") as file:
-        file.write(json.dumps({"hand": HAND, "offset": {j.name: round(float(o), 5) for j, o in zip(JOINTS, offset)}}, indent=1) + "\n")
+        file.write(json.dumps({"hand": HAND, "offset": offsets}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

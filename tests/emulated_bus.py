@@ -218,7 +218,11 @@ class Motor:
         if self["torque_enable"] and 0 < watchdog < 128 and now - self.last_packet > 0.02 * watchdog:
             self["bus_watchdog"], self.tripped = 255, True
             self.bus.stats["watchdog_trips"] += 1
-        self._move(span)
+        physics = self.bus.physics
+        if physics is None or not physics.moves(self):
+            self._move(span)
+        else:
+            physics.step(now)
         self.temperature += span * (self.HEATING * self.current ** 2
                                     - self.COOLING * (self.temperature - self.AMBIENT))
         self.overloaded_for = self.overloaded_for + span if abs(self.current) > self.OVERLOAD_CURRENT else 0.0
@@ -365,11 +369,15 @@ class EmulatedBus:
     stops          [(low, high)] rad by chain position: where the joint mechanically stops
     rates          {fault: probability per packet}, see `rate`; `delay` (s) is how late a delayed reply is
     sync_chain     in a sync or bulk read, motors listed behind a silent one stay silent
+    physics        set to an object with `step(now)` and `moves(motor)`, it moves the joints instead
+                   of each by itself; see hand_on_the_bus.py
     report         json file of `snapshot`, rewritten every 0.2 s; control: FIFO that takes fault commands
     """
     FAULTS = ("drop_request", "drop", "corrupt_request", "corrupt", "delay", "duplicate")
     COMMANDS = ("overload", "overheat", "hardware_error", "dip", "silence", "unplug", "plug", "rate", "inject",
                 "stuck", "swap", "zero_offset", "sign", "push", "reset_stats", *FAULTS)
+
+    physics = None
 
     def __init__(self, ids=range(16), models=1200, baud=4_000_000, return_delay=250, path=None,
                  faulty_watchdog=False, baud_timing=True, check_baud=True, reboot_time=0.3, voltage=5.0,
@@ -487,6 +495,10 @@ class EmulatedBus:
             self.buffer += os.read(self.master, 4096)
         except OSError:
             return
+        self.take(now)
+
+    def take(self, now):
+        """Execute every whole packet that has come in."""
         while True:
             start = self.buffer.find(b"\xff\xff\xfd\x00")
             if start < 0:
@@ -582,8 +594,12 @@ class EmulatedBus:
 
     def _broadcast(self, awake, instruction, params, now):
         """Execute for all; [(motor, status packet)] in the order in which they answer."""
+        by_id = {}
+        for m in awake:
+            by_id.setdefault(m["id"], []).append(m)
+
         def named(id):
-            return [m for m in awake if m["id"] == id]
+            return by_id.get(id, [])
 
         if instruction == PING:
             return [(m, self._unicast(m, PING, b"", now)[0]) for m in sorted(awake, key=lambda m: m["id"])]
