@@ -53,7 +53,7 @@ RAISE_RAD, RAISE_HELD = 4.0, 0.5         # rad per 20 s and share of the episode
 RAISE = 1 / 16
 
 # The generalist
-ROUNDS = 12              # of one episode in every environment
+ROUNDS = 8               # of one episode in every environment
 CLONING = 3              # rounds per oracle in which the oracle drives
 GRADIENT_STEPS = 400     # after each round
 CLONING_BATCH = 2048
