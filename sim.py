@@ -1268,7 +1268,8 @@ class Progress:
         if done > self.first:
             rate = (done - self.first) / max(now - self.start, 1e-9)
             left = (self.total - done) / rate
-            line += f" {rate:,.1f}/s, {left // 60:.0f}:{left % 60:02.0f} left"
+            pace = f"{rate:,.1f}/s" if rate >= 1 else f"{60 * rate:,.1f}/min"
+            line += f" {pace}, {left // 60:.0f}:{left % 60:02.0f} left"
         line = f"{line}  {text}"
         end = "\n" if not live or done >= self.total else ""
         print(f"\r{line}\x1b[K" if live else line, end=end, file=sys.stderr, flush=True)
