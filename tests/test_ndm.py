@@ -225,7 +225,7 @@ def test_the_correction_is_added_to_what_is_sent_and_hidden_from_the_policy():
     for _ in range(5):
         q = H.GRASP + 0.02 * rng.normal(size=16)
         base, sent = alone(q), corrected(q)
-        assert np.array_equal(base, corrected.base)
+        assert np.array_equal(base, corrected.base[0])
         assert 1e-4 < np.abs(sent - base).max() <= F.BOUND + 1e-6
 
 
@@ -337,8 +337,10 @@ def test_the_simulated_boxes_replay_the_targets_under_load(monkeypatch):
     assert all(s == 0 or 0.8 * F.SIGMA < s < 1.2 * F.SIGMA for s in noise.tolist())
     moved = (q[:, 1:] - q[:, :-1]).abs().mean((1, 2))
     assert (moved > 0.002).all()
-    late = (q - sent).abs().mean((0, 1))
-    assert late.max() > 0.05 and late.min() < 0.05           # balls are in the way of some joints
+    free = F._replay(sim.Balls(count=0), sent.numpy(), data["wrist"].numpy(),
+                     np.random.default_rng(0), lambda t: None)
+    pushed = np.abs(q.numpy() - free).mean((0, 1))
+    assert pushed.max() > 0.01, pushed                       # balls are in the way of some joints
 
 
 def save_trajectory(path, seed, **changed):
