@@ -1127,9 +1127,9 @@ def _made_differently(rng):
         shapes = []
         for k, (centre, half, *quat) in enumerate(link.boxes):
             is_tip = link.name in H.TIPS and k == len(link.boxes) - 1
-            half = np.array(half) + rng.uniform(-0.0005, 0.0005, 3)      # +-1 mm in width
+            half = half + rng.uniform(-0.0005, 0.0005, 3)                # +-1 mm in width
             kind = "ellipsoid" if is_tip else "box"
-            shapes.append((kind, centre, tuple(np.maximum(half, 0.001)), *quat))
+            shapes.append((kind, centre, tuple(half), *quat))
         pos, quat = np.array(link.pos, float), np.array(link.quat, float)
         if link.joint:
             pos = pos + rng.uniform(-0.0005, 0.0005, 3)
