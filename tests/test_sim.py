@@ -971,8 +971,8 @@ def test_progress_says_nothing_about_a_rate_until_one_is_known(monkeypatch, caps
         lines.append(capsys.readouterr().err)
     # an earlier run had come to 60: not this one's work; and two lines a minute are enough
     assert lines[0] == "oracle: 60/100 s  all is well\n"
-    assert lines[1] == "oracle: 70/100 s 0.2/s, 2:00 left  all is well\n"
-    assert lines[2] == "" and lines[3] == "oracle: 100/100 s 0.4/s, 0:00 left  all is well\n"
+    assert lines[1] == "oracle: 70/100 s 15.0/min, 2:00 left  all is well\n"
+    assert lines[2] == "" and lines[3] == "oracle: 100/100 s 26.7/min, 0:00 left  all is well\n"
 
 
 # --------------------------------------------------------------------------------- the six files
