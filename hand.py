@@ -1048,21 +1048,24 @@ def judge(stops, moved, others):
     jammed = np.flatnonzero(moved < JAMMED)
     drawn = np.flatnonzero(others > ALONE)
     beyond = [j for j in wrong if TOWARD[j] * offset[j] > 0]     # no obstacle takes a joint there
-    known = [j for j in wrong if causes(j, stops) and j not in jammed and j not in drawn]
+    alone = [j for j in wrong if j not in jammed and j not in drawn]
     for j in np.flatnonzero(np.isnan(stops)):
         raise Problem(f"{_motor(j)}: turns without end: the horn screw is missing, or the finger "
                       "is not attached to it")
-    for j in beyond + known:
-        raise_stop(j, stops, wrong)
+    for j in beyond + [j for j in alone if causes(j, stops)]:
+        raise Problem(stops_wrongly(j, stops, wrong))
+    facts = []
     if len(jammed):
-        raise Problem(f"{_motor(*jammed)}: does not move when told to: jammed joint, something in "
-                      "its way, or a horn screw too tight")
+        facts.append(f"{_motor(*jammed)}: does not move when told to: jammed joint, something in "
+                     "its way, or a horn screw too tight")
+    if alone:
+        facts.append(stops_wrongly(alone[0], stops, alone))
     if len(drawn):
-        raise Problem(f"{_motor(*drawn)}: moving it moves another finger's joint by "
-                      f"{np.rad2deg(others[drawn[0]]):.0f} degrees: fingers tied together, "
-                      "something between them, or a cable that pulls")
-    for j in wrong:
-        raise_stop(j, stops, wrong)
+        facts.append(f"{_motor(*drawn)}: moving it moves another finger's joint by "
+                     f"{np.rad2deg(others[drawn[0]]):.0f} degrees: fingers tied together, "
+                     "something between them, or a cable that pulls")
+    if facts:
+        raise Problem("; ".join(facts))
 
 
 def causes(j, stops):
@@ -1082,16 +1085,16 @@ def causes(j, stops):
     return found
 
 
-def raise_stop(j, stops, wrong):
+def stops_wrongly(j, stops, like):
     offset, why = stops[j] - STOP[j], causes(j, stops)
     if not why or abs(offset) < 0.5:
         why.append(f"horn mounted {np.rad2deg(offset):+.0f} degrees off (a tooth or more)")
     if TOWARD[j] * offset < 0:
         why.append("something blocks the joint")
-    more = f"; {len(wrong) - 1} more like this" if len(wrong) > 1 else ""
-    raise Problem(f"{_motor(j)}: {'upper' if TOWARD[j] > 0 else 'lower'} stop at "
-                  f"{np.rad2deg(stops[j]):.0f} degrees, expected {np.rad2deg(STOP[j]):.0f}: "
-                  f"{', or '.join(why)}{more}")
+    more = f" ({len(like) - 1} more like this)" if len(like) > 1 else ""
+    return (f"{_motor(j)}: {'upper' if TOWARD[j] > 0 else 'lower'} stop at "
+            f"{np.rad2deg(stops[j]):.0f} degrees, expected {np.rad2deg(STOP[j]):.0f}: "
+            f"{', or '.join(why)}{more}")
 
 
 def _motor(*joints):
