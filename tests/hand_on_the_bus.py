@@ -8,7 +8,7 @@ Written from published figures alone; it shares nothing with what policies are t
 as wide as the published collision boxes, so neighbours touch. The motor is the one identified as
 model M4 in "Better Actuator Models" (arXiv 2410.08650), whose stiction may stop a finger that
 gravity pulls. There is play in the gears, and zeros are up to two degrees off. A seed draws what
-differs from hand to hand. Kinematics, masses and stops are those of the table in hand.py.
+differs from hand to hand. Kinematics, masses, stops and boxes are those of the table in hand.py.
 """
 import contextlib
 import math
@@ -21,54 +21,6 @@ import emulated_bus
 import hand as H
 from emulated_bus import COUNTS, EmulatedBus
 
-# Published collision boxes: (centre, half sizes[, quaternion]) in m, in the frame of each link.
-PALM = (
-    ((-0.009, 0.008, -0.011), (0.011, 0.013, 0.017)),
-    ((-0.009, -0.037, -0.011), (0.011, 0.013, 0.017)),
-    ((-0.009, -0.082, -0.011), (0.011, 0.013, 0.017)),
-    ((-0.066, -0.078, -0.0115), (0.029, 0.01, 0.023), (0.989016, 0, 0, -0.147806)),
-    ((-0.03, -0.035, -0.003), (0.01, 0.06, 0.015)),
-    ((-0.032, -0.035, -0.024), (0.005, 0.06, 0.01), (0.923956, 0, 0.382499, 0)),
-    ((-0.048, -0.033, -0.0115), (0.012, 0.058, 0.023)),
-    ((-0.078, -0.053, -0.0115), (0.022, 0.026, 0.023)),
-    ((-0.098, -0.009, -0.006), (0.002, 0.018, 0.017)),
-    ((-0.078, -0.003, 0.01), (0.022, 0.028, 0.002)),
-)
-FINGER = {
-    "bs": (((0, 0.018, 0.0147), (0.01, 0.003, 0.017)),
-           ((-0.027, 0.042, 0.015), (0.014, 0.02, 0.01)),
-           ((-0.0262, 0.02, 0.0146), (0.017, 0.003, 0.01)),
-           ((-0.0295, 0.035, 0.029), (0.01, 0.012, 0.004)),
-           ((0, 0.005, 0.03), (0.007, 0.01, 0.002)),
-           ((0, 0.005, -0.001), (0.007, 0.01, 0.002))),
-    "px": (((0.0075, -0.0002, -0.011), (0.017, 0.013, 0.011)),),
-    "md": (((0, -0.02, 0.015), (0.008, 0.003, 0.013)),
-           ((0, -0.016, 0.015), (0.01, 0.002, 0.017)),
-           ((0, -0.0045, 0.03), (0.007, 0.01, 0.002)),
-           ((0, -0.0045, 0), (0.007, 0.01, 0.002)),
-           ((0.0075, -0.035, 0.015), (0.017, 0.011, 0.013))),
-    "ds": (((0, -0.017, 0.015), (0.01, 0.003, 0.015)),
-           ((0, -0.006, 0.03), (0.007, 0.011, 0.002)),
-           ((0, -0.006, -0.001), (0.007, 0.011, 0.002))),
-}
-THUMB = {
-    "mp": (((-0.0075, -0.0002, -0.011), (0.017, 0.013, 0.011)),),
-    "bs": (((0, 0, -0.0015), (0.009, 0.0165, 0.002)),
-           ((0, -0.015, -0.013), (0.007, 0.002, 0.01)),
-           ((0, 0.015, -0.013), (0.007, 0.002, 0.01))),
-    "px": (((0, 0.0105, -0.014), (0.01, 0.02, 0.012)),
-           ((0, 0.031, -0.015), (0.01, 0.002, 0.016)),
-           ((0, 0.042, 0.001), (0.007, 0.01, 0.002)),
-           ((0, 0.042, -0.029), (0.007, 0.01, 0.002)),
-           ((-0.0135, 0.0175, -0.011656), (0.005, 0.012, 0.009))),
-    "ds": (((0, -0.0085, -0.015), (0.01, 0.018, 0.012)),
-           ((0, -0.029, -0.014), (0.01, 0.002, 0.015)),
-           ((0.015, -0.0175, -0.0115), (0.004, 0.012, 0.009))),
-}
-# the rubber tips as ellipsoids in their published bounding boxes: centre, half sizes
-FINGERTIP = (-0.0008, -0.0348, 0.0145), (0.0105, 0.0152, 0.0122)
-THUMBTIP = (-0.0008, -0.0468, -0.0145), (0.0105, 0.0153, 0.0122)
-
 # Which way gravity pulls, in the frame of the hand: z out of the palm, x along the fingers, thumb
 # at -y.
 GRAVITY = {"palm_up": (0, 0, -1), "palm_down": (0, 0, 1), "thumb_up": (0, 1, 0),
@@ -80,11 +32,7 @@ STRIBECK_SPEED, STRIBECK_POWER = 2.558, 0.76     # rad/s, model M4
 
 def shapes(link):
     """The published boxes of a link of the table, and its rubber tip or None."""
-    finger, _, part = link.name.partition("_")
-    if not part:
-        return PALM, None
-    parts, tip = (THUMB, THUMBTIP) if finger == "th" else (FINGER, FINGERTIP)
-    return parts[part], tip if part == "ds" else None
+    return (link.boxes[:-1], link.boxes[-1]) if link.name in H.TIPS else (link.boxes, None)
 
 
 def build(gravity, wider, play, viscous, armature, bound=None):

@@ -139,18 +139,6 @@ def test_a_mirrored_motor_with_an_offset_is_read_driven_and_limited(mirrored, tm
         assert abs(goal - H.LOW[j]) <= H.COUNT
 
 
-def test_check_finds_the_zero_of_a_mirrored_motor(mirrored, tmp_path):
-    file = tmp_path / "calibration.json"
-    arguments = ["--check", "--yes", "--port", mirrored.path, "--out", tmp_path,
-                 "--calibration", file]
-    assert H.check(list(map(str, arguments))) == 0
-    found = H.load_calibration(file)
-    assert abs(found[H.MOTOR_ID.index(2)] - 40 * H.COUNT) < np.deg2rad(0.5)
-    with DynamixelHand(mirrored.path, file) as hand:
-        true = np.array(mirrored.angles())[H.MOTOR_ID]
-        assert np.abs(hand.read().q - true).max() < np.deg2rad(0.5)
-
-
 def test_a_disturbed_bus_gives_true_readings_or_none():
     """Every reading must be of the pose that the fingers have now, never of the one before."""
     with new_bus(delay=0.05, seed=3) as bus, DynamixelHand(bus.path, NO_FILE) as hand:
