@@ -472,38 +472,49 @@ def test_deploy_saves_with_the_hand_at_rest(real, toy_policy, tmp_path, monkeypa
     assert torques == [None, None]
 
 
-# ------------------------------------------------------------------------------------------------- training, kills
+# ------------------------------------------------------------------------------- training, kills
 # the same script with a generalist of 16 units and six episodes of evaluation
-TOY = ("import sys, train_policy as T\n"
-       "T.Generalist.__init__.__defaults__ = (327, 16, 1)\n"
-       "T.evaluate.__defaults__ = (6,)\n"
-       "T.H.run(T.main)")
-TRAIN = ("--family", "cube", "--wrist", WRIST, "--axis=+z", "--envs", 16)
+TOY = """
+import train_policy as T
+T.Generalist.__init__.__defaults__ = (T.sim.OBSERVED, 16, 1)
+T.evaluate.__defaults__ = (6,)
+T.GRADIENT_STEPS = 10
+T.H.run(T.main)
+"""
+TRAIN = ("--family", "cube", "--wrist", WRIST, "--axis=+z", "--envs", 16, "--rounds", 2)
 
 
 def test_training_writes_everything_after_a_kill_and_a_resume(tmp_path):
     oracle = tmp_path / "oracle-cube.pt"
-    process = start("-c", TOY, "--minutes", 0.03, "--out", tmp_path, *TRAIN)
-    until(process, oracle.exists)                                        # killed while the generalist learns
+    process = start("-c", TOY, "--steps", 1000, "--out", tmp_path, *TRAIN)
+    until(process, oracle.exists)                            # killed while the generalist learns
     process.kill()
     finish(process)
     first = train_policy.load_checkpoint(oracle, "oracle")
-    assert first["steps"] > 0 and not (tmp_path / "results.json").exists()
+    assert first["steps"] >= 1000 and not (tmp_path / "results.json").exists()
     for path in tmp_path.glob("[!.]*.pt"):
-        torch.load(path, weights_only=True)                              # whole or not there
-    run("-c", TOY, "--minutes", 0.1, "--out", tmp_path, *TRAIN)
+        torch.load(path, weights_only=True)                  # whole or not there
+    run("-c", TOY, "--steps", 3000, "--out", tmp_path, *TRAIN)
     second = train_policy.load_checkpoint(oracle, "oracle")
-    assert second["steps"] > first["steps"] and second["seconds"] > first["seconds"]
+    assert second["steps"] >= 3000 and second["seconds"] > first["seconds"]
     policy, content = train_policy.load_policy(tmp_path / "policy.pt")
-    assert (content["families"], content["wrists"], content["axes"]) == (["cube"], [WRIST], ["+z"])
-    assert torch.isfinite(policy(torch.randn(5, 327))).all()
+    assert content["families"] == ["cube"]
+    assert (content["wrists"], content["axes"]) == ([WRIST], ["+z"])
+    assert torch.isfinite(policy(torch.randn(5, sim.OBSERVED))).all()
     results = json.loads((tmp_path / "results.json").read_text())[WRIST]
     assert {"RotR", "TTF", "RotP"} <= set(results) and results["blowups"] == 0
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_training_stops_after_so_many_minutes(tmp_path):
+    process = start("-c", TOY, "--minutes", 0.02, "--out", tmp_path, *TRAIN)
+    status, _, err = finish(process)
+    assert status == 0, err
+    assert train_policy.load_checkpoint(tmp_path / "oracle-cube.pt", "oracle")["steps"] < 1e6
+
+
 def test_ctrl_c_while_training_leaves_no_torn_file(tmp_path):
-    process = start("train_policy.py", "--minutes", 0.03, "--out", tmp_path, *TRAIN)
+    process = start("-c", TOY, "--steps", 1000, "--out", tmp_path, *TRAIN)
     until(process, (tmp_path / "oracle-cube.pt").exists)
     os.killpg(process.pid, signal.SIGINT)
     status, _, err = finish(process)
@@ -561,6 +572,7 @@ def bad_inputs(tmp, policy):
     train = {
         "unknown family": (("--family", "cube", "teapot", *into), "teapot"),
         "no time": (("--minutes", -1, *into), "--minutes"),
+        "no steps": (("--steps", 0, *into), "--steps"),
         "too few environments": (("--envs", 0, *into), "--envs"),
     }
     collecting = {
