@@ -209,7 +209,7 @@ class Balls(NamedTuple):
         largest = smallest + rng.uniform(0.003, 0.010)
         ball = 4 / 3 * np.pi * (0.5 * (smallest + largest)) ** 3
         return cls(
-            count=round(rng.uniform(0.18, 0.27) * np.prod(high - low) / ball),
+            count=min(28, round(rng.uniform(0.15, 0.25) * np.prod(high - low) / ball)),
             low=tuple(low),
             high=tuple(high),
             radius=(smallest, largest),
@@ -1011,9 +1011,17 @@ class VirtualHand(H.Hand):
         self._reading = self._measure()
         if self._holds_object:
             self._close_fingers()
-        elif self.load == "balls":                           # let them settle around the fingers
-            for _ in range(CONTROL_HZ):
-                self._write(self.target)
+        elif self.load == "balls":
+            self._let_balls_settle()
+
+    def _let_balls_settle(self):
+        """For a second, around fingers that somebody holds: balls that push them open at the start
+        jam them for the whole trajectory."""
+        damping = self._model.dof_damping[self._vadr].copy()
+        self._model.dof_damping[self._vadr] = 5.0            # N m s / rad
+        for _ in range(CONTROL_HZ):
+            self._write(self.target)
+        self._model.dof_damping[self._vadr] = damping
 
     def begin(self, trial):
         """Start a `Trial` with its object."""
