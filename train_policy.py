@@ -491,6 +491,11 @@ class Training:
         self.best, self.best_weights = -1.0, None
         if path.exists():
             self._resume(load_checkpoint(path, "oracle"))
+        elif args.start:
+            try:
+                self.oracle.load_state_dict(load_checkpoint(args.start, "oracle")["weights"])
+            except (KeyError, RuntimeError):
+                raise H.Problem(f"{args.start} was trained with another observation")
 
     def iterate(self):
         """One batch: act, judge, learn. Returns the numbers that experts look at."""
@@ -760,6 +765,7 @@ def arguments():
                         type=sim.axis_name, help="+z or z+, and so on")
     parser.add_argument("--steps", type=float, default=12e6,
                         help="control steps of each oracle (default 12e6)")
+    parser.add_argument("--start", type=Path, help="begin with the weights of this oracle")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="of cloning")
     parser.add_argument("--minutes", type=float, help="stop earlier, after so long in all")
     parser.add_argument("--envs", type=int, default=ENVS)

@@ -20,7 +20,8 @@ def environment(n=6, **options):
 
 def arguments(out, **changes):
     usual = dict(envs=12, wrist=["palm_up", "palm_down"], axis=["+z", "-z"], seed=0, steps=1e9,
-                 rounds=3, minutes=None, family=["cube"], out=out, randomize=sim.EVERYTHING)
+                 rounds=3, minutes=None, start=None, family=["cube"], out=out,
+                 randomize=sim.EVERYTHING)
     return argparse.Namespace(**usual | changes)
 
 
@@ -152,6 +153,19 @@ def test_an_interrupted_run_is_the_run_that_was_not_interrupted(tmp_path):
         one, other = (weights(tmp_path / name / file, kind) for name in oracles)
         assert all(torch.equal(one[name], other[name]) for name in one), kind
     assert not list((tmp_path / "interrupted").glob("cloning-*"))
+
+
+def test_a_run_may_begin_with_the_weights_of_another(tmp_path):
+    T.train_oracle("cube", arguments(tmp_path, steps=1), tmp_path / "first.pt")
+    args = arguments(tmp_path, start=tmp_path / "first.pt")
+    training = T.Training("cube", args, tmp_path / "second.pt")
+    first = T.load_checkpoint(args.start, "oracle")["weights"]
+    assert all(torch.equal(value, first[name])
+               for name, value in training.oracle.state_dict().items())
+    assert training.steps == 0
+    args.start = tmp_path / "none.pt"
+    with pytest.raises(H.Problem, match="none.pt is not there"):
+        T.Training("cube", args, tmp_path / "third.pt")
 
 
 def test_a_run_for_something_else_is_not_gone_on_with(tmp_path):
