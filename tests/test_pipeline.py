@@ -109,7 +109,8 @@ def test_balls_bear_on_the_joints(tmp_path):
     lag = {}
     for load in ("balls", "none"):
         hand = sim.open_hand(PORT, wrist=WRIST, load=load)
-        outcome = collect.trajectory(hand, job_in(tmp_path / load, 2), 1, SEQUENCE)
+        moving = collect.waves(1, 0)[0]                      # into the balls
+        outcome = collect.trajectory(hand, job_in(tmp_path / load, 2), 1, moving)
         lag[load] = outcome.lag or np.inf
         assert outcome.lag or len(outcome.jams) == collect.ATTEMPTS
     assert lag["balls"] > 1.1 * lag["none"]
