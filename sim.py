@@ -52,7 +52,6 @@ FAR = np.minimum(H.HIGH, H.GRASP + REACH)
 W = 10                           # control steps in a history
 FALL = 0.06                      # m from where the grasp held it: further, an object has fallen
 IMPOSSIBLE = 200                 # rad/s or m/s: faster than this is not physics but a blow-up
-TIP_NAMES = tuple(H.TIPS)
 CACHE = Path(os.environ.get("DEXNDM_CACHE", Path.home() / ".cache" / "dexndm"))
 
 # Wrist orientations: the rotation (quaternion w x y z) that takes the palm-up hand to this wrist.
@@ -940,7 +939,6 @@ class VirtualHand(H.Hand):
         self.seed, self.load, self.differs = seed, load, frozenset(differs)
         self._draw_motors(np.random.default_rng([seed, 2510]))
         rng = np.random.default_rng([seed, 8556])
-        links, balls = H.LINKS, Balls()
         other_links, other_balls = _made_differently(rng), Balls.drawn(rng)
         other_wrist = tilted(WRISTS[wrist], rng, WRIST_ERROR)
         size, self._centre = 1 + rng.uniform(-0.03, 0.03), rng.uniform(-0.003, 0.003, 3)
@@ -954,7 +952,7 @@ class VirtualHand(H.Hand):
         self._holds_object = obj is not None
         self._model = build(
             obj, links=other_links if "shape" in self.differs else H.LINKS,
-            balls=None if load != "balls" else other_balls if "box" in self.differs else balls,
+            balls=None if load != "balls" else other_balls if "box" in self.differs else Balls(),
             wrist=other_wrist if "wrist" in self.differs else WRISTS[wrist],
             timestep=1 / (CONTROL_HZ * self.SUBSTEPS), **self._joints).compile()
         self._data = mujoco.MjData(self._model)
