@@ -116,12 +116,6 @@ THUMB_DISTAL_BOXES = (
 )
 
 
-def _fork(left, right, low, high):
-    """The two arms of a knuckle's fork as an object meets them: rails on the palmar side, with a
-    gap between them. (A bar across the gap holds objects as no real finger does.)"""
-    return tuple(("capsule", (-0.005, low, z), (-0.005, high, z), 0.002) for z in (left, right))
-
-
 def _finger(prefix, base, motor, grasp):
     """Four links of one of the three equal fingers: base bracket, proximal, medial, distal."""
     bs, px, md, ds = (f"{prefix}_{part}" for part in ("bs", "px", "md", "ds"))
@@ -143,8 +137,7 @@ def _finger(prefix, base, motor, grasp):
              0.037, (0.005422, -0.029148, 0.015),
              (0.687228, 0.687228, 0.166487, 0.166487), (8.28004e-06, 8.1598e-06, 5.39516e-06),
              Joint(f"{prefix}_pip", motor + 2, -0.506, 1.885, pip, 800),
-             (*_fork(0, 0.030, -0.0125, 0.0035),
-              ("capsule", (-0.006, -0.016, 0.002), (-0.006, -0.016, 0.028), 0.004),
+             (("capsule", (0, -0.0075, 0.006), (0, -0.0075, 0.024), 0.008),
               ("capsule", (-0.0055, -0.028, 0.006), (-0.0055, -0.028, 0.024), 0.004),
               ("capsule", (-0.0055, -0.042, 0.006), (-0.0055, -0.042, 0.024), 0.004),
               ("capsule", (0.0025, -0.035, 0.015), (0.0125, -0.035, 0.015), 0.012)),
@@ -153,8 +146,7 @@ def _finger(prefix, base, motor, grasp):
              0.016, (-0.000879, -0.027019, 0.014594),
              (0.702905, 0.710643, -0.021294, -0.02142), (3.71863e-06, 3.02396e-06, 1.6518e-06),
              Joint(f"{prefix}_dip", motor + 3, -0.366, 2.042, dip, 800),
-             (*_fork(-0.001, 0.030, -0.015, 0.003),
-              ("capsule", (-0.006, -0.017, 0.004), (-0.006, -0.017, 0.026), 0.004),
+             (("capsule", (0, -0.0075, 0.006), (0, -0.0075, 0.023), 0.009),
               ("capsule", (-0.0008, -0.0311, 0.0146), (-0.0008, -0.0385, 0.0146), 0.0115)),
              DISTAL_BOXES),
     )

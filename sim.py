@@ -41,7 +41,7 @@ import hand as H
 mujoco.set_mju_user_warning(lambda text: None)
 
 CONTROL_HZ = H.CONTROL_HZ
-SUBSTEPS = 10                    # 200 Hz: at the paper's 120 Hz fingers that chatter rub less
+SUBSTEPS = 6                     # 120 Hz, as the paper
 EPISODE = 400                    # control steps, 20 s
 ALPHA = 1 / 24                   # rad, the largest move of a target in one control step
 # A policy's targets stay this near the canonical grasp (rad): with the whole range it learns to
@@ -351,21 +351,30 @@ def _add_hand(spec, links, backlash, stiffness, damping, joint_friction, armatur
         finger, outer = fingers[link.name]
         bit = PALM if finger < 0 else FINGER << finger if outer else INNER
         others = FINGERS if finger < 0 else FINGERS & ~bit if outer else 0
-        for k, (kind, *place) in enumerate(link.shapes):
+        for k, shape in enumerate(link.shapes):
             is_tip = link.name in H.TIPS and k == len(link.shapes) - 1
-            if kind == "capsule":
-                start, end, radius = place
-                where = dict(fromto=(*start, *end), size=(radius, 0, 0))
-            else:
-                centre, size, *quat = place
-                where = dict(pos=centre, size=np.resize([*size, 0, 0], 3))
-                where |= dict(quat=quat[0]) if quat else {}
-            body.add_geom(
-                name=f"{link.name}_tip" if is_tip else "", type=GEOM_TYPE[kind], **where,
-                contype=bit, conaffinity=OBJECT | BALL | others,
-                condim=TIP_CONDIM if is_tip else LINK_CONDIM, priority=1,
-                friction=(1, PATCH, 1e-4) if is_tip else (PLASTIC, 0, 0),
-                rgba=(0.9, 0.9, 0.92, 1) if is_tip else (0.25, 0.25, 0.28, 1))
+            meets = OBJECT if is_tip or not link.boxes else 0
+            _add_shape(body, shape, f"{link.name}_tip" if is_tip else "",
+                       contype=bit, conaffinity=BALL | others | meets)
+        for box in link.boxes:
+            if box != link.boxes[-1] or link.name not in H.TIPS:
+                _add_shape(body, ("box", *box), contype=0, conaffinity=OBJECT)
+
+
+def _add_shape(body, shape, tip="", **collides):
+    kind, *place = shape
+    if kind == "capsule":
+        start, end, radius = place
+        where = dict(fromto=(*start, *end), size=(radius, 0, 0))
+    else:
+        centre, size, *quat = place
+        where = dict(pos=centre, size=np.resize([*size, 0, 0], 3))
+        where |= dict(quat=quat[0]) if quat else {}
+    body.add_geom(
+        name=tip, type=GEOM_TYPE[kind], priority=1, **where, **collides,
+        condim=TIP_CONDIM if tip else LINK_CONDIM,
+        friction=(1, PATCH, 1e-4) if tip else (PLASTIC, 0, 0),
+        rgba=(0.9, 0.9, 0.92, 1) if tip else (0.25, 0.25, 0.28, 1))
 
 
 def _add_object(spec, obj):
@@ -375,7 +384,7 @@ def _add_object(spec, obj):
     for kind, size, pos, quat in obj.parts:
         body.add_geom(
             type=GEOM_TYPE[kind], size=np.resize([*size, 0, 0], 3), pos=pos, quat=quat,
-            density=1000, contype=OBJECT, conaffinity=255, rgba=(0.95, 0.6, 0.2, 1))
+            density=1000, contype=OBJECT, conaffinity=0, rgba=(0.95, 0.6, 0.2, 1))
     found = 1 << int(mujoco.mjtConDataField.mjCONDATA_FOUND)
     force = 1 << int(mujoco.mjtConDataField.mjCONDATA_FORCE)
     net_force = 3
@@ -467,13 +476,13 @@ FRICTION = 0.5, 2.0              # of the object's surface
 PUSH = 2 / CONTROL_HZ            # m/s: the paper's force of 2 * mass for one control step...
 PUSH_PROBABILITY = 0.25          # ...in a quarter of them
 TIP = 0.0015                     # +- m, radius and reach of a fingertip
-WIDTH = 0.0015                   # +- m, radius of a link
+WIDTH = 0.0007                   # +- m, half the width of a part of a link
 SIZE = 0.03                      # +- share of the object's size
 OFF_CENTRE = 0.003               # +- m, centre of mass
 WRIST_ERROR = np.radians(5)      # how wrong a wrist is held, at most
-CONTACT_TIME = 0.010, 0.030      # s, time constant of a contact with the object
+CONTACT_TIME = 0.017, 0.030      # s, time constant of a contact with the object
 STIFFNESS = 0.70, 1.05           # share of the table's
-JOINT_FRICTION = 0.7, 2.5
+JOINT_FRICTION = 0.7, 3.5        # gears rub more under load
 ZERO_ERROR = np.radians(0.7)     # +- rad, of an encoder
 DELAY = 0.0, 0.015               # s, of a command, and of a reading
 
@@ -491,21 +500,23 @@ def tilted(wrist, rng, largest):
     return multiply(error, np.asarray(wrist, float))
 
 
-def _varied_shapes(rng):
-    """The table's links with capsules a little thicker or thinner, tips a little longer."""
-    links = []
+def _varied_links(rng):
+    """The table's links as somebody might make them: every part a little wider or narrower, tips a
+    little longer or shorter and, on half of the hands, ellipsoids."""
+    links, egg = [], rng.random() < 0.5
     for link in H.LINKS:
-        shapes = []
-        for k, (kind, start, end, *radius) in enumerate(link.shapes):
-            if kind == "capsule":
-                is_tip = link.name in H.TIPS and k == len(link.shapes) - 1
-                spread = TIP if is_tip else WIDTH
-                radius = [radius[0] + rng.uniform(-spread, spread)]
-                if is_tip:
-                    along = np.subtract(end, start) / np.linalg.norm(np.subtract(end, start))
-                    end = tuple(end + along * rng.uniform(-TIP, TIP))
-            shapes.append((kind, start, end, *radius))
-        links.append(link._replace(shapes=tuple(shapes)))
+        is_tip = link.name in H.TIPS
+        boxes = tuple((centre, tuple(half + rng.uniform(-WIDTH, WIDTH, 3)), *quat)
+                      for centre, half, *quat in link.boxes)
+        shapes = list(link.shapes)
+        if is_tip and egg:
+            shapes[-1] = ("ellipsoid", *boxes[-1])
+        elif is_tip:
+            _, start, end, radius = shapes[-1]
+            along = np.subtract(end, start) / np.linalg.norm(np.subtract(end, start))
+            end = tuple(end + along * rng.uniform(-TIP, TIP))
+            shapes[-1] = ("capsule", start, end, radius + rng.uniform(-TIP, TIP))
+        links.append(link._replace(shapes=tuple(shapes), boxes=boxes))
     return tuple(links)
 
 
@@ -606,7 +617,7 @@ class Rotation:
         for k in range(count):
             obj, links = self.objects[k % len(self.objects)], H.LINKS
             if "shape" in self.randomize:
-                links = _varied_shapes(self.rng)
+                links = _varied_links(self.rng)
             if "size" in self.randomize:
                 obj = scaled(obj, 1 + self.rng.uniform(-SIZE, SIZE))
             compiled.append(build(obj, links=links, **physics).compile())
@@ -1140,7 +1151,7 @@ def _made_differently(rng):
         if link.joint:
             pos = pos + rng.uniform(-0.0005, 0.0005, 3)
             quat = multiply(quat, tilted((1, 0, 0, 0), rng, np.radians(1)))
-        links.append(link._replace(pos=tuple(pos), quat=tuple(quat), shapes=tuple(shapes)))
+        links.append(link._replace(pos=tuple(pos), quat=tuple(quat), shapes=tuple(shapes), boxes=()))
     return tuple(links)
 
 
