@@ -482,7 +482,8 @@ OFF_CENTRE = 0.003               # +- m, centre of mass
 WRIST_ERROR = np.radians(5)      # how wrong a wrist is held, at most
 CONTACT_TIME = 0.017, 0.030      # s, time constant of a contact with the object
 STIFFNESS = 0.70, 1.05           # share of the table's
-JOINT_FRICTION = 0.7, 3.5        # gears rub more under load
+DRY_FRICTION = 0.7, 2.5          # share of the table's
+LOAD_FRICTION = 0.0, 0.35        # N m of friction per N m of a motor: loaded gears rub more
 ZERO_ERROR = np.radians(0.7)     # +- rad, of an encoder
 DELAY = 0.0, 0.015               # s, of a command, and of a reading
 
@@ -590,6 +591,9 @@ class Rotation:
         self._push = slice(turn + H.N, turn + H.N + 3)
 
         self.target, self.measured = np.zeros((n, H.N)), np.zeros((n, H.N))
+        self.stiffness = np.tile(m.actuator_gainprm[:, 0], (n, 1))       # N m / rad
+        self.dry = np.tile(m.dof_frictionloss[:H.N], (n, 1))             # N m
+        self.rub = np.zeros((n, H.N))                        # friction per torque of a motor
         self.zero = np.zeros((n, H.N))                       # rad, error of the encoders
         self.command_delay = np.zeros(n, int)                # substeps
         self.reading_delay = np.zeros(n, int)
@@ -668,10 +672,12 @@ class Rotation:
             model.geom_solref[model.geom_priority == 1, 0] = softness
         if "motor" in self.randomize:
             share = 1 + level * (rng.uniform(*STIFFNESS, H.N) - 1)
-            loss = 1 + level * (rng.uniform(*JOINT_FRICTION, H.N) - 1)
-            model.actuator_gainprm[:, 0] = share * self._usual.actuator_gainprm[:, 0]
-            model.actuator_biasprm[:, 1] = share * self._usual.actuator_biasprm[:, 1]
-            model.dof_frictionloss[:H.N] = loss * self._usual.dof_frictionloss[:H.N]
+            dry = 1 + level * (rng.uniform(*DRY_FRICTION, H.N) - 1)
+            self.stiffness[i] = share * self._usual.actuator_gainprm[:, 0]
+            model.actuator_gainprm[:, 0] = self.stiffness[i]
+            model.actuator_biasprm[:, 1] = -self.stiffness[i]
+            self.dry[i] = dry * self._usual.dof_frictionloss[:H.N]
+            self.rub[i] = level * rng.uniform(*LOAD_FRICTION, H.N)
             self.zero[i] = level * rng.uniform(-ZERO_ERROR, ZERO_ERROR, H.N)
         if "delay" in self.randomize:
             late = np.rint(rng.uniform(*DELAY, 2) * CONTROL_HZ * self.substeps).astype(int)
@@ -700,6 +706,8 @@ class Rotation:
             self.state[:, self._push] += self.pushes[np.arange(self.n), now]
         elif "push" in self.randomize:
             self.state[:, self._push] += random_pushes(self.rng, self.n)
+        if "motor" in self.randomize:
+            self._set_friction()
         before, tips = self.quat.copy(), self.tips
 
         self.pool.rollout(
@@ -726,6 +734,12 @@ class Rotation:
         if self.noise:
             self.measured += self.rng.uniform(-self.noise, self.noise, (self.n, H.N))
         self.history = push_history(self.history, self.measured, self.target)
+
+    def _set_friction(self):
+        torque = self.stiffness * np.abs(self.target - self.zero - self.q)
+        friction = self.dry + self.rub * np.minimum(torque, H.TORQUE)
+        for model, row in zip(self.models, friction):
+            model.dof_frictionloss[:H.N] = row
 
     # what `reset` changes in the model of an environment, beside the direction of gravity
     CHANGED = ("body_mass", "body_inertia", "body_ipos", "geom_friction", "geom_solref",

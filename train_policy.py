@@ -763,8 +763,8 @@ def arguments():
     parser.add_argument("--wrist", nargs="+", default=["palm_up", "palm_down"], choices=sim.WRISTS)
     parser.add_argument("--axis", nargs="+", default=["+z", "-z"], choices=sim.AXES,
                         type=sim.axis_name, help="+z or z+, and so on")
-    parser.add_argument("--steps", type=float, default=15e6,
-                        help="control steps of each oracle (default 15e6)")
+    parser.add_argument("--steps", type=float, default=14e6,
+                        help="control steps of each oracle (default 14e6)")
     parser.add_argument("--start", type=Path, help="begin with the weights of this oracle")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="of cloning")
     parser.add_argument("--minutes", type=float, help="stop earlier, after so long in all")
