@@ -158,6 +158,38 @@ def test_the_shapes_are_as_wide_and_as_long_as_the_published_boxes():
     assert np.abs(corners(palm.shapes) - corners(boxes(palm))).max() <= 0.0041
 
 
+def meets_objects(model):
+    """Which geoms of a model meet the object, and of these which also meet fingers, (ngeom,)."""
+    bit = model.geom_contype[model.geom_bodyid == model.body("object").id][0]
+    meets = (model.geom_conaffinity & bit) > 0
+    return meets & (model.geom_contype == 0), meets & (model.geom_contype > 0)
+
+
+def test_objects_meet_the_published_boxes_and_fingers_each_others_round_shapes():
+    model = sim.build(CUBE[0]).compile()
+    boxes, both = meets_objects(model)
+    assert {model.geom(g).name for g in np.flatnonzero(both)} == {f"{tip}_tip" for tip in H.TIPS}
+    for link in H.LINKS:
+        body = model.body(link.name).id
+        mine = np.flatnonzero(boxes & (model.geom_bodyid == body))
+        published = link.boxes[:-1] if link.name in H.TIPS else link.boxes
+        assert len(mine) == len(published)
+        for g, (centre, half, *_) in zip(mine, published):
+            assert model.geom_type[g] == mujoco.mjtGeom.mjGEOM_BOX
+            assert model.geom_pos[g] == pytest.approx(centre)
+            assert model.geom_size[g] == pytest.approx(half)
+    # the only boxes that a finger can meet are the palm's
+    fingers = (model.geom_contype > 0) & (model.geom_type == mujoco.mjtGeom.mjGEOM_BOX)
+    assert set(model.geom_bodyid[fingers]) == {model.body(b).id for b in ("palm", "object")}
+
+
+def test_a_link_without_published_boxes_meets_objects_with_its_shapes():
+    links = tuple(link._replace(boxes=()) for link in H.LINKS)
+    model = sim.build(CUBE[0], links=links).compile()
+    boxes, both = meets_objects(model)
+    assert not boxes.any() and both.sum() == sum(len(link.shapes) for link in H.LINKS)
+
+
 # ---------------------------------------------------------------------------- rotation arithmetic
 def test_quaternions_by_hand():
     one, i, j, k = np.eye(4)
@@ -568,13 +600,13 @@ CHANGES = {
     "mass": (set(), set()),                                  # trials have their own
     "friction": (set(), set()),
     "push": (set(), set()),
-    "shape": ({"geom_size", "geom_pos"}, set()),
+    "shape": ({"geom_size", "geom_pos", "geom_type", "geom_quat"}, set()),
     "size": ({"geom_size", "body_inertia"}, set()),
     "centre": ({"body_ipos"}, set()),
     "wrist": ({"gravity"}, set()),
     "contact": ({"geom_solref"}, set()),
-    "motor": ({"actuator_gainprm", "actuator_biasprm", "dof_frictionloss"},
-              {"zero", "measured", "target"}),
+    "motor": ({"actuator_gainprm", "actuator_biasprm"},
+              {"zero", "measured", "target", "stiffness", "dry", "rub"}),
     "delay": (set(), {"command_delay", "reading_delay"}),
 }
 
@@ -586,14 +618,15 @@ def test_each_kind_of_randomisation_changes_what_it_says_and_nothing_else(kind):
     model, outside = CHANGES[kind]
     assert changed(fields(base.models), fields(env.models)) == model
     names = ("q", "pos", "quat", "vel", "target", "measured", "mass", "friction", "g", "wrist",
-             "axis", "zero", "command_delay", "reading_delay", "pushes", "home")
+             "axis", "zero", "command_delay", "reading_delay", "pushes", "home", "stiffness", "dry",
+             "rub")
     assert {name for name in names
             if not np.array_equal(getattr(base, name), getattr(env, name))} == outside
     if model:                                                # each environment has its own
-        own = fields(env.models)[sorted(model)[0]]
-        assert len(np.unique(own.reshape(env.n, -1), axis=0)) == env.n
+        own = fields(env.models)
+        assert env.n == max(len(np.unique(own[name].reshape(env.n, -1), axis=0)) for name in model)
     held = np.array([m.geom_bodyid == m.body("object").id for m in env.models])[0]
-    a, b = base.models, env.models
+    a, b, kinds = base.models, env.models, set()
     for i in range(env.n):
         if kind == "size":
             assert np.array_equal(a[i].geom_size[~held], b[i].geom_size[~held])
@@ -602,9 +635,17 @@ def test_each_kind_of_randomisation_changes_what_it_says_and_nothing_else(kind):
             assert 0.97 <= share[0, 0] <= 1.03
         if kind == "shape":
             assert np.array_equal(a[i].geom_size[held], b[i].geom_size[held])
+            boxes, tips = meets_objects(a[i])[0], surfaces(a[i])[0]
             off = np.abs(b[i].geom_size - a[i].geom_size)
-            assert off[:, 0].max() <= 0.0015 and off.max() <= 0.0015
-            assert np.abs(b[i].geom_pos - a[i].geom_pos).max() <= 0.0015 / 2 + 1e-9
+            assert 0.0003 < off[boxes].max() <= 0.0007 and not off[~boxes & ~tips].any()
+            egg = b[i].geom_type[tips][0] == mujoco.mjtGeom.mjGEOM_ELLIPSOID
+            kinds.add(egg)
+            if egg:
+                half = [link.boxes[-1][1] for link in H.LINKS if link.name in H.TIPS]
+                assert np.abs(b[i].geom_size[tips] - half).max() <= 0.0007
+            else:
+                assert off[tips].max() <= 0.0015
+                assert np.abs(b[i].geom_pos - a[i].geom_pos)[tips].max() <= 0.0015 / 2 + 1e-9
         if kind == "centre":
             off = np.abs(b[i].body_ipos - a[i].body_ipos)
             assert 0 < off[-1].max() <= 0.003 and off[:-1].max() == 0
@@ -622,13 +663,32 @@ def test_each_kind_of_randomisation_changes_what_it_says_and_nothing_else(kind):
             assert 0.70 <= share.min() < share.max() <= 1.05
             assert np.array_equal(b[i].actuator_biasprm[:, 1], -b[i].actuator_gainprm[:, 0])
             assert np.array_equal(b[i].actuator_biasprm[:, 2], a[i].actuator_biasprm[:, 2])
-            loss = b[i].dof_frictionloss / np.maximum(a[i].dof_frictionloss, 1e-9)
-            assert 0.7 <= loss[:16].min() < loss[:16].max() <= 2.5 and not loss[16:].any()
-            assert 0 < np.degrees(np.abs(env.zero)).max() <= 0.7
-    if kind == "delay":
+            assert np.array_equal(b[i].actuator_gainprm[:, 0], env.stiffness[i])
+    if kind == "shape":
+        assert kinds == {False, True}                        # round tips and egg-shaped ones
+    if kind == "motor":
+        dry = env.dry / base.dry
+        assert 0.7 <= dry.min() < dry.max() <= 2.5
+        assert 0 <= env.rub.min() < 0.1 < 0.25 < env.rub.max() <= 0.35
+        assert 0 < np.degrees(np.abs(env.zero)).max() <= 0.7
+    if kind == "delay":                                      # to the nearest physics step
         for late in (env.command_delay, env.reading_delay):
-            assert late.min() >= 0 and 0 < late.max() * STEP <= 0.015
+            assert late.min() >= 0 and 0 < late.max() * STEP <= 0.015 + STEP / 2
         assert not np.array_equal(env.command_delay, env.reading_delay)
+
+
+def test_gears_rub_more_under_load():
+    """Friction of a step: dry + rub times what the motor is asked for, at most its limit."""
+    base, env = varied(), varied("motor")
+    for target in (env.target.copy(), env.target + 0.02, env.target + 3.0):
+        torque = env.stiffness * np.abs(target - env.zero - env.q)
+        expected = env.dry + env.rub * np.minimum(torque, H.TORQUE)
+        for e in (base, env):
+            e.step(target)
+        friction = np.array([m.dof_frictionloss for m in env.models])
+        assert friction[:, :16] == pytest.approx(expected) and not friction[:, 16:].any()
+        assert (np.array([m.dof_frictionloss[:16] for m in base.models]) == H.FRICTION).all()
+    assert (expected > 1.2 * env.dry).mean() > 0.5
 
 
 def test_mass_friction_and_pushes_are_drawn_only_if_they_are_named():
