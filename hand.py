@@ -31,10 +31,12 @@ import numpy as np
 # Kinematics, masses, limits and collision boxes: LEAP Hand (right) as published with its URDF and
 # its MuJoCo model. SI units, quaternions w x y z, link frames relative to the parent's. Every joint
 # turns about -z of its link; positive closes the finger.
-# `shapes` are what the training simulator collides: capsules ("capsule", from, to, radius) and
-# boxes ("box", centre, half sizes), true to the published boxes in width and reach, and few and
-# round, because a contact costs more than anything else in a step. `boxes` are the published ones,
-# which the virtual hand has. The last shape of a fingertip link is its rubber tip.
+# `boxes` are the published collision boxes, and what objects meet. `shapes` are as wide and reach as
+# far, but few and round: fingers meet each other, the palm and balls with them in the training
+# simulator, because boxes of neighbouring fingers that pass into each other make MuJoCo 4.0.0 end
+# the process. They are capsules ("capsule", from, to, radius) and boxes ("box", centre, half
+# sizes). The last of a fingertip link is its rubber tip, for objects too. A link without boxes
+# meets objects with its shapes. The virtual hand is made of the boxes alone.
 
 
 class Joint(NamedTuple):
@@ -57,7 +59,7 @@ class Link(NamedTuple):
     inertia: tuple      # kg m^2, principal
     joint: Joint | None
     shapes: tuple
-    boxes: tuple        # centre (m), half sizes (m) and, where it is turned, quaternion
+    boxes: tuple        # centre (m), half sizes (m) and, where it is turned, quaternion; or ()
 
 
 # A knuckle is as wide as its fork, the part between knuckles as its motor.
