@@ -167,7 +167,7 @@ class FakeHand(H.Hand):
     def place(self, q, stir):
         self.q, self.target = q, q
 
-    def move_to(self, q, seconds=0.0):
+    def move_to(self, q):
         self.command(H.GRASP)
         self.q = self.target = q
         self.count += 1
