@@ -318,8 +318,9 @@ def test_fit_ndm_writes_models_table_and_pictures(pipeline):
         assert len(e["one"]) == len(e["open"]) == 16 and np.isfinite(e["one"] + e["open"]).all()
     assert fit_ndm.format_table(table) in said
     assert (out / "ndm/prediction.png").read_bytes().startswith(b"\x89PNG")
-    f = fit_ndm.Dynamics(**train_policy.load_checkpoint(out / "ndm/dynamics.pt", "dynamics")["config"])
-    f.load_state_dict(train_policy.load_checkpoint(out / "ndm/dynamics.pt", "dynamics")["weights"])
+    saved = train_policy.load_checkpoint(out / "ndm/dynamics.pt", "dynamics")
+    f = fit_ndm.Dynamics(**saved["config"])
+    f.load_state_dict(saved["weights"])
     assert f.config["groups"] == 16
     fit_ndm.load_residual(out / "ndm/residual.pt")
     assert not list((out / "ndm").glob(".*"))
