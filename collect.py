@@ -313,9 +313,9 @@ def main():
             later = ", ".join(other.facts["wrist"] for other in lacking[i + 1:])
             print(f"now {job.facts['wrist']}{later and ', then '}{later}", flush=True)
             if len(jobs) > 1 and watched:
-                print("turn the hand and its box so, and press Enter ", end="", flush=True)
-                if not sys.stdin.readline():
-                    raise H.Problem("the prompt was closed: run this again when the hand is turned")
+                print("turn the hand and its box so, and press Enter", flush=True)
+                if not sys.stdin.readline():           # Ctrl-D
+                    raise H.Problem(f"no answer: run this again with {job.facts['wrist']}")
             run(job, hand, args.workers, policy, content)
             if later and not watched:                  # nobody is there to turn it
                 print(f"{later} left: turn the hand and its box, and run this again")

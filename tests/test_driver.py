@@ -899,3 +899,41 @@ def test_deploy_drives_the_hand_with_policy_and_residual(bus, toy_policy, tmp_pa
     # the policy holds still: what moves is the correction, within its bound
     with np.load(tmp_path / "00000.npz") as shard:
         assert 0.001 < np.abs(shard["target"] - H.GRASP).max() <= fit_ndm.BOUND + 1e-6
+
+
+def test_deploy_lets_go_at_a_fault_and_offers_to_go_on(bus, toy_policy):
+    """A motor shuts down in the middle of an episode, and somebody sits at the terminal."""
+    def until(condition):
+        end = time.monotonic() + 60
+        while not condition():
+            assert process.poll() is None and time.monotonic() < end
+            time.sleep(0.002)
+
+    def to_the_prompt():                       # it moves to the grasp and rests
+        until(lambda: driving(bus))
+        until(lambda: not driving(bus))
+
+    terminal, other_end = os.openpty()
+    process = start("deploy.py", "--base", "--port", bus.path, "--policy", toy_policy,
+                    "--wrist", "palm_up", "--axis=+z", "--episodes", 1, stdin=other_end)
+    try:
+        to_the_prompt()
+        os.write(terminal, b"\n")              # the object is in the fingers
+        until(lambda: driving(bus))
+        goals = bus.stats["goal_writes"]
+        until(lambda: bus.stats["goal_writes"] > goals + 16 * 40)
+        bus.overload(6)
+        until(lambda: not driving(bus))
+        os.write(terminal, b"\n")              # mended
+        to_the_prompt()
+        assert bus.motors[6]["hardware_error_status"] == 0
+        os.write(terminal, b"q\n")
+    finally:
+        status, out, errors = finish(process)
+        os.close(terminal)
+        os.close(other_end)
+    assert (status, errors) == (0, ""), (out, errors)
+    assert ("episode 1 is lost: motor 6 (mf_pip) shut down: overload; the hand has let go\n"
+            "mend that, then Enter; q to stop: ") in out
+    assert out.count("hold the object") == 2 and "400 steps" not in out
+    assert not driving(bus) and bus.stats["goals_outside_limits"] == 0

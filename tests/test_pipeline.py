@@ -308,6 +308,16 @@ def test_a_real_hand_goes_from_wrist_to_wrist_with_a_person(
     assert lengths() == [3, 4]
 
 
+def test_ctrl_d_at_the_wrist_prompt_is_one_line(real, toy_policy, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    hand = real(FakeHand(realtime=True), typed=[])
+    line = one_line_problem(
+        monkeypatch, capsys, collect, "--port", "/dev/hand", "--source", "waves",
+        "--policy", two_wrists(toy_policy, tmp_path), "--hours", 4 / 180)
+    assert line == "error: no answer: run this again with palm_up"
+    assert hand.commands == 0
+
+
 # -------------------------------------------------------------------------------- fit_ndm, deploy
 def test_fit_ndm_writes_models_table_and_pictures(pipeline):
     out, said, _ = pipeline
