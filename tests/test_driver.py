@@ -15,12 +15,14 @@ import pytest
 import serial.tools.list_ports
 import torch
 
+import deploy
 import fit_ndm
 import hand as H
 import train_policy
 from conftest import ROOT, finish, start
 from emulated_bus import EmulatedBus
 from hand import DynamixelHand
+from hand_on_the_bus import Clock, PhysicalBus, in_process
 
 BY_MOTOR = [H.JOINTS[k] for k in np.argsort(H.MOTOR_ID)]
 LIMITS = [(j.low, j.high) for j in BY_MOTOR]
@@ -901,39 +903,34 @@ def test_deploy_drives_the_hand_with_policy_and_residual(bus, toy_policy, tmp_pa
         assert 0.001 < np.abs(shard["target"] - H.GRASP).max() <= fit_ndm.BOUND + 1e-6
 
 
-def test_deploy_lets_go_at_a_fault_and_offers_to_go_on(bus, toy_policy):
-    """A motor shuts down in the middle of an episode, and somebody sits at the terminal."""
-    def until(condition):
-        end = time.monotonic() + 60
-        while not condition():
-            assert process.poll() is None and time.monotonic() < end
-            time.sleep(0.002)
+@pytest.mark.parametrize("goes_on", [True, False])
+def test_deploy_lets_go_at_a_fault_and_offers_to_go_on(goes_on, toy_policy, monkeypatch, capsys):
+    """In the middle of an episode, in simulated time: `prompts` has what was asked, and whether
+    there was torque then."""
+    bus = PhysicalBus(Clock(), wrist=None, limits=LIMITS, stops=LIMITS)
+    prompts, calls, answers = [], [], ["", "", ""] if goes_on else ["", "q"]
 
-    def to_the_prompt():                       # it moves to the grasp and rests
-        until(lambda: driving(bus))
-        until(lambda: not driving(bus))
+    def act(controller, q, act=deploy.Controller.__call__):
+        calls.append(driving(bus))
+        if len(calls) == 100:
+            bus.overload(6)
+        return act(controller, q)
 
-    terminal, other_end = os.openpty()
-    process = start("deploy.py", "--base", "--port", bus.path, "--policy", toy_policy,
-                    "--wrist", "palm_up", "--axis=+z", "--episodes", 1, stdin=other_end)
-    try:
-        to_the_prompt()
-        os.write(terminal, b"\n")              # the object is in the fingers
-        until(lambda: driving(bus))
-        goals = bus.stats["goal_writes"]
-        until(lambda: bus.stats["goal_writes"] > goals + 16 * 40)
-        bus.overload(6)
-        until(lambda: not driving(bus))
-        os.write(terminal, b"\n")              # mended
-        to_the_prompt()
-        assert bus.motors[6]["hardware_error_status"] == 0
-        os.write(terminal, b"q\n")
-    finally:
-        status, out, errors = finish(process)
-        os.close(terminal)
-        os.close(other_end)
-    assert (status, errors) == (0, ""), (out, errors)
-    assert ("episode 1 is lost: motor 6 (mf_pip) shut down: overload; the hand has let go\n"
-            "mend that, then Enter; q to stop: ") in out
-    assert out.count("hold the object") == 2 and "400 steps" not in out
-    assert not driving(bus) and bus.stats["goals_outside_limits"] == 0
+    def answer(prompt):
+        prompts.append((prompt.split(":")[0], driving(bus)))
+        return answers.pop(0)
+
+    monkeypatch.setattr(deploy.Controller, "__call__", act)
+    monkeypatch.setattr("builtins.input", answer)
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(sys, "argv", [
+        "deploy.py", "--base", "--port", bus.path, "--policy", str(toy_policy),
+        "--wrist", "palm_up", "--axis=+z", "--episodes", "1"])
+    with in_process(bus):
+        deploy.main()
+    out = capsys.readouterr().out
+    lost = "episode 1 is lost: motor 6 (mf_pip) shut down: overload; the hand has let go\n"
+    assert lost in out and ("episode 1: 400 steps" in out) == goes_on
+    asked = [("episode 1/1", False), ("mend that, then Enter; q to stop", False)]
+    assert prompts == asked + asked[:goes_on] and not answers
+    assert all(calls[:99]) and not driving(bus) and bus.stats["goals_outside_limits"] == 0
