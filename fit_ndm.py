@@ -427,23 +427,16 @@ def format_table(table):
         for kind, error in models.items():
             one_step, open_loop = np.mean(error["one"]), np.mean(error["open"])
             lines.append(f"    {kind:<32} {one_step:8.2f}   {open_loop:8.2f}")
-    for name, models in table.items():
-        lines += ["", f"per joint, {name}: one step / 0.5 s"]
-        lines.append(" " * 12 + "".join(f"{kind:>18}" for kind in models))
-        for i, joint in enumerate(H.JOINTS):
-            columns = [f"{e['one'][i]:9.2f} /{e['open'][i]:7.2f}" for e in models.values()]
-            lines.append(f"  {joint.name:<10}" + "".join(columns))
     return "\n".join(lines)
 
 
 @torch.no_grad()
-def draw_prediction(path, f, q, a, steps=200):
+def draw_prediction(path, f, q, a):
     """Measured against predicted, every joint of one trajectory q, a (400, N)."""
-    index = every_window(q[None])
-    guess = f(windows(q[None], a[None], index)[0])
+    guess = f(windows(q[None], a[None], every_window(q[None]))[0])
+    steps = 200
     seconds = np.arange(steps) / H.CONTROL_HZ
-    figure, axes = sim.pyplot().subplots(
-        4, 4, figsize=(15, 9), sharex=True, layout="constrained")
+    figure, axes = sim.pyplot().subplots(4, 4, figsize=(15, 9), sharex=True, layout="constrained")
     for i, axis in enumerate(axes.T.flat):
         axis.plot(seconds, a[:steps, i], color="0.75", lw=1, label="target sent")
         axis.plot(seconds, q[:steps, i], color="tab:blue", label="measured")
@@ -451,10 +444,8 @@ def draw_prediction(path, f, q, a, steps=200):
                   label="predicted, one step")
         axis.set_title(H.JOINTS[i].name, fontsize=9)
     axes[0, 0].legend(fontsize=7)
-    for axis in axes[-1]:
-        axis.set_xlabel("s")
-    for axis in axes[:, 0]:
-        axis.set_ylabel("rad")
+    figure.supxlabel("s")
+    figure.supylabel("rad")
     figure.suptitle("Held-out trajectory: what each joint did, and what its model says it would")
     sim.save_figure(figure, path)
 
