@@ -227,7 +227,7 @@ def run(job, hand, workers, policy, content):
     todo, (saved, jammed) = missing(job), map(len, there(job))
     targets = sequences(job, policy, content) if todo else None
     job.folder.mkdir(parents=True, exist_ok=True)
-    began, new, jams, faults, row = time.monotonic(), [], 0, 0, 0
+    new, jams, faults, row = [], 0, 0, 0
     bar = sim.Progress(f"collect {job.facts['port']} {job.facts['wrist']}", job.total)
     bar(saved + jammed)
     with open(job.folder / "log.txt", "a") as log:
@@ -240,10 +240,10 @@ def run(job, hand, workers, policy, content):
             for text in outcome.jams:
                 say(f"trajectory {outcome.index}: {text}")
             jams, faults = jams + len(outcome.jams), faults + outcome.faults
-            row = row + 1 if outcome.lag is None else 0
             if outcome.lag is None:
-                jammed += 1
+                jammed, row = jammed + 1, row + 1
             else:
+                row = 0
                 new.append(outcome)
             if row == IN_A_ROW:
                 raise H.Problem(
@@ -253,32 +253,28 @@ def run(job, hand, workers, policy, content):
             lag, current = np.mean([(o.lag, o.current) for o in new[-50:]] or [(0, 0)], 0)
             bar(saved + len(new) + jammed, f"lag {lag:.3f} rad, {1000 * current:.0f} mA, "
                 f"{jams} jams, {faults} faults")
-        say(f"end: {saved + len(new)} trajectories, {jams} jams, {faults} faults")
-    saved += len(new)
-    print(f"{saved} trajectories ({saved * SECONDS / 3600:.2f} h) in {job.folder}; {len(new)} new "
-          f"in {(time.monotonic() - began) / 60:.1f} min, {jams} jams, {faults} faults, mean "
-          f"current {1000 * np.mean([o.current for o in new] or [0]):.0f} mA")
-    if jammed:
-        print(f"{jammed} fewer than asked for: they jammed {ATTEMPTS} times each")
+        total = saved + len(new)
+        text = (f"{total} trajectories ({total * SECONDS / 3600:.2f} h) in {job.folder}: "
+                f"{len(new)} new, {jams} jams, {faults} faults, {jammed} given up")
+        say(f"end: {text}")
+        print(text)
 
 
 # ------------------------------------------------------------------------------- command line
 def arguments():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hours", type=float, default=2.0,
-                        help="of data, shared by the wrists, those there included (default 2)")
-    parser.add_argument("--port", default="auto", help="auto, sim, sim:SEED or a serial device")
-    parser.add_argument("--wrist", nargs="+", choices=sim.WRISTS,
-                        help="default: all that the policy knows")
-    parser.add_argument("--load", default="balls", choices=("balls", "none"))
-    parser.add_argument("--source", default="policy", choices=("policy", "waves"))
-    parser.add_argument("--policy", type=Path, default=Path("checkpoints/policy.pt"))
-    parser.add_argument("--out", type=Path,
-                        help="folder of one wrist (default data/PORT-WRIST-LOAD-SOURCE)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--workers", type=int, default=os.cpu_count(),
-                        help="processes, virtual hand only")
+    add = parser.add_argument
+    add("--hours", type=float, default=2.0,
+        help="of data, shared by the wrists, those there included (default 2)")
+    add("--port", default="auto", help="auto, sim, sim:SEED or a serial device")
+    add("--wrist", nargs="+", choices=sim.WRISTS, help="default: all that the policy knows")
+    add("--load", default="balls", choices=("balls", "none"))
+    add("--source", default="policy", choices=("policy", "waves"))
+    add("--policy", type=Path, default=Path("checkpoints/policy.pt"))
+    add("--out", type=Path, help="folder of one wrist (default data/PORT-WRIST-LOAD-SOURCE)")
+    add("--seed", type=int, default=0)
+    add("--workers", type=int, default=os.cpu_count(), help="processes, virtual hand only")
     args = parser.parse_args()
     args.port = sim.resolve_port(args.port)
     if not 0 < args.hours < 1e4 or args.workers < 1:
@@ -311,14 +307,17 @@ def main():
         for job in jobs:
             run(job, None, args.workers, policy, content)
         return
+    watched = sys.stdin.isatty()
     with sim.open_hand(args.port) as hand:
         for i, job in enumerate(lacking or jobs):
             later = ", ".join(other.facts["wrist"] for other in lacking[i + 1:])
             print(f"now {job.facts['wrist']}{later and ', then '}{later}", flush=True)
-            if len(jobs) > 1 and sys.stdin.isatty():
-                input("turn the hand and its box so, and press Enter ")
+            if len(jobs) > 1 and watched:
+                print("turn the hand and its box so, and press Enter", flush=True)
+                if not sys.stdin.readline():           # Ctrl-D
+                    raise H.Problem(f"no answer: run this again with {job.facts['wrist']}")
             run(job, hand, args.workers, policy, content)
-            if later and not sys.stdin.isatty():       # nobody is there to turn it
+            if later and not watched:                  # nobody is there to turn it
                 print(f"{later} left: turn the hand and its box, and run this again")
                 break
 

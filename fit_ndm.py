@@ -11,7 +11,7 @@ reads   --data      the trajectories that collect.py wrote
         --policy    checkpoints/policy.pt
 writes  OUT/dynamics.pt    the joint-wise model f of this hand
         OUT/residual.pt    the residual policy
-        OUT/table.txt, table.json, prediction.png, error.png, correction.png
+        OUT/table.json      what is printed; OUT/prediction.png, of a held-out trajectory
 
 Dynamics: q^i_{t+1} = f_i(h^i_t), where h^i_t are the last W = 10 positions of joint i and the
 targets that were sent to it, and nothing of any other joint. f is pretrained on simulated hands,
@@ -329,16 +329,13 @@ def load_shards(folders):
                             "folder that it printed")
         for number, file in enumerate(files):
             data = sim.load_npz(file)
-            missing = {"q", "target", "hand", "port"} - set(data)
-            if missing:
-                raise H.Problem(f"{file} has no {', '.join(sorted(missing))}; it was not written "
-                                "by collect.py or deploy.py")
+            if not {"q", "target", "hand", "port"} <= set(data):
+                raise H.Problem(f"{file} was not written by collect.py or deploy.py")
             if str(data["hand"]) != H.HAND:
                 raise H.Problem(f"{file} was recorded on the hand {data['hand']}, not {H.HAND}")
-            for name in ("q", "target"):
-                if data[name].shape != (sim.EPISODE, H.N):
-                    raise H.Problem(f"{file} has trajectories of shape {data[name].shape}, "
-                                    f"not {(sim.EPISODE, H.N)}")
+            if not data["q"].shape == data["target"].shape == (sim.EPISODE, H.N):
+                raise H.Problem(f"{file} has a trajectory of shape {data['q'].shape}, "
+                                f"not {(sim.EPISODE, H.N)}")
             q.append(data["q"])
             a.append(data["target"])
             sequence.append(int(data.get("sequence", number)))
@@ -415,9 +412,8 @@ def _replay(balls, a, wrists, rng, report):
 def table_of(models, sets):
     """Errors of every model on every set of trajectories, mrad:
     {set: {model: {"one": [16], "open": [16]}}}."""
-    table = {}
+    table = {name: {} for name in sets}
     for name, (q, a) in sets.items():
-        table[name] = {}
         for kind, model in models.items():
             one_step, open_loop = errors(model, q, a)
             table[name][kind] = {"one": one_step.tolist(), "open": open_loop.tolist()}
@@ -431,23 +427,16 @@ def format_table(table):
         for kind, error in models.items():
             one_step, open_loop = np.mean(error["one"]), np.mean(error["open"])
             lines.append(f"    {kind:<32} {one_step:8.2f}   {open_loop:8.2f}")
-    for name, models in table.items():
-        lines += ["", f"per joint, {name}: one step / 0.5 s"]
-        lines.append(" " * 12 + "".join(f"{kind:>18}" for kind in models))
-        for i, joint in enumerate(H.JOINTS):
-            columns = [f"{e['one'][i]:9.2f} /{e['open'][i]:7.2f}" for e in models.values()]
-            lines.append(f"  {joint.name:<10}" + "".join(columns))
     return "\n".join(lines)
 
 
 @torch.no_grad()
-def draw_prediction(path, f, q, a, steps=200):
+def draw_prediction(path, f, q, a):
     """Measured against predicted, every joint of one trajectory q, a (400, N)."""
-    index = every_window(q[None])
-    guess = f(windows(q[None], a[None], index)[0])
+    guess = f(windows(q[None], a[None], every_window(q[None]))[0])
+    steps = 200
     seconds = np.arange(steps) / H.CONTROL_HZ
-    figure, axes = sim.pyplot().subplots(
-        4, 4, figsize=(15, 9), sharex=True, layout="constrained")
+    figure, axes = sim.pyplot().subplots(4, 4, figsize=(15, 9), sharex=True, layout="constrained")
     for i, axis in enumerate(axes.T.flat):
         axis.plot(seconds, a[:steps, i], color="0.75", lw=1, label="target sent")
         axis.plot(seconds, q[:steps, i], color="tab:blue", label="measured")
@@ -455,46 +444,9 @@ def draw_prediction(path, f, q, a, steps=200):
                   label="predicted, one step")
         axis.set_title(H.JOINTS[i].name, fontsize=9)
     axes[0, 0].legend(fontsize=7)
-    for axis in axes[-1]:
-        axis.set_xlabel("s")
-    for axis in axes[:, 0]:
-        axis.set_ylabel("rad")
+    figure.supxlabel("s")
+    figure.supylabel("rad")
     figure.suptitle("Held-out trajectory: what each joint did, and what its model says it would")
-    sim.save_figure(figure, path)
-
-
-def draw_errors(path, table):
-    """The open-loop error of every joint as bars, a row for each set of trajectories."""
-    figure, axes = sim.pyplot().subplots(
-        len(table), 1, figsize=(11, 3.2 * len(table)), layout="constrained", squeeze=False)
-    for axis, (name, models) in zip(axes[:, 0], table.items()):
-        kinds = [kind for kind in models if kind != "stays where it is"]
-        width = 0.8 / len(kinds)
-        for k, kind in enumerate(kinds):
-            left = np.arange(H.N) - 0.4 + k * width
-            axis.bar(left, models[kind]["open"], width, align="edge", label=kind)
-        axis.set_xticks(range(H.N), [joint.name for joint in H.JOINTS], rotation=45, fontsize=8)
-        axis.set_ylabel("mrad")
-        axis.set_title(f"0.5 s open-loop error, {name}", fontsize=10)
-    axes[0, 0].legend(fontsize=8)
-    sim.save_figure(figure, path)
-
-
-@torch.no_grad()
-def draw_correction(path, residual, data):
-    """What the residual adds to the targets of the first of the simulated episodes."""
-    episodes = Episodes(data)
-    steps = torch.arange(episodes.BEFORE, episodes.length)
-    c = residual(*episodes.seen(torch.zeros_like(steps), steps))
-    figure, axis = sim.pyplot().subplots(figsize=(11, 4), layout="constrained")
-    image = axis.imshow(
-        1000 * c.T, aspect="auto", cmap="RdBu", vmin=-1000 * BOUND, vmax=1000 * BOUND,
-        extent=(0, len(steps) / H.CONTROL_HZ, H.N - 0.5, -0.5), interpolation="none")
-    axis.set_yticks(range(H.N), [joint.name for joint in H.JOINTS], fontsize=8)
-    axis.set_xlabel("s")
-    axis.set_title("The correction that the residual adds to the targets of one simulated "
-                   "episode, mrad")
-    figure.colorbar(image)
     sim.save_figure(figure, path)
 
 
@@ -536,14 +488,6 @@ def simulated_episodes(args):
     return data
 
 
-def save_table(out, table):
-    text = format_table(table)
-    print(text)
-    for name, lines in (("table.txt", text), ("table.json", json.dumps(table, indent=1))):
-        with H.atomic_file(out / name, "w") as file:
-            file.write(lines + "\n")
-
-
 def main():
     args = arguments()
     began = time.monotonic()
@@ -574,9 +518,10 @@ def main():
     save_checkpoint(args.out / "dynamics.pt", "dynamics", config=f.config,
                     weights=f.state_dict(), **origin)
     table = table_of(models, sets)
-    save_table(args.out, table)
+    print(format_table(table))
+    with H.atomic_file(args.out / "table.json", "w") as file:
+        file.write(json.dumps(table, indent=1) + "\n")
     draw_prediction(args.out / "prediction.png", f, q[held][0], a[held][0])
-    draw_errors(args.out / "error.png", table)
 
     if not args.no_residual:
         for model in (f, f_sim):
@@ -585,10 +530,7 @@ def main():
                                 args.change_cost, args.seed)
         save_checkpoint(args.out / "residual.pt", "residual", config=residual.config,
                         weights=residual.state_dict(), policy=digest(args.policy), **origin)
-        draw_correction(args.out / "correction.png", residual, data)
-    names = "dynamics.pt" if args.no_residual else "dynamics.pt, residual.pt"
-    minutes = (time.monotonic() - began) / 60
-    print(f"{args.out}: {names}, table.txt and pictures in {minutes:.1f} min")
+    print(f"written to {args.out} in {(time.monotonic() - began) / 60:.1f} min")
 
 
 if __name__ == "__main__":

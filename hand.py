@@ -20,7 +20,6 @@ import select
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -249,22 +248,17 @@ class BusError(Problem):
 
 
 def run(main):
-    """Run a script's `main()`. A `Problem` or a disk that takes no more ends it with one line and
-    exit status 2, Ctrl-C with status 130."""
+    """Run a script's `main()`. A `Problem`, or a file that cannot be read or written, ends it with
+    one line and exit status 2, Ctrl-C with status 130."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))          # so that `with` ends
     try:
         sys.exit(main())
-    except Problem as problem:
-        line = str(problem)
-    except OSError as error:
-        name = errno.errorcode.get(error.errno)
-        if name not in ("ENOSPC", "EDQUOT", "EFBIG", "EACCES", "EROFS"):
-            raise
-        line = f"{error.filename or 'a file'} cannot be written: {error.strerror}"
+    except (Problem, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         sys.exit(130)
-    print(f"error: {line}", file=sys.stderr)
-    sys.exit(2)
 
 
 @contextlib.contextmanager
@@ -318,8 +312,8 @@ class Hand:
         self._write(self.target)
         return self.target
 
-    def move_to(self, q, seconds=0.0):
-        """Go to q (16,) rad at MOVE_SPEED, or slower to take `seconds`; returns q as read.
+    def move_to(self, q):
+        """Go to q (16,) rad at MOVE_SPEED; returns q as read.
 
         The fingers bend back together and stop crossing, everything moves in parallel planes,
         then they close and spread. Of 1000 moves between random poses within 0.45 rad of the
@@ -331,13 +325,10 @@ class Hand:
             back = np.clip(pose[BASE].min(), 0, OPEN)
             return np.where(SIDE, 0, pose) - back * BASE
 
-        stages = [opened(here), opened(q), q]
-        if np.abs(q - here).max() < 0.2:
-            stages = [q]
-        way = [np.abs(b - a).max() for a, b in zip([here, *stages], stages)]
-        speed = min(MOVE_SPEED, max(sum(way), 1e-3) / seconds) if seconds else MOVE_SPEED
-        for goal, length in zip(stages, way):
-            steps = max(1, int(np.ceil(length / speed * CONTROL_HZ)))
+        near = np.abs(q - here).max() < 0.2
+        for goal in [q] if near else [opened(here), opened(q), q]:
+            seconds = np.abs(goal - here).max() / MOVE_SPEED
+            steps = max(1, int(np.ceil(seconds * CONTROL_HZ)))
             for i in range(1, steps + 1):
                 self.command(here + (goal - here) * i / steps)
                 reached = self.read().q
@@ -425,10 +416,10 @@ MAX_FAULTS = 8, 300            # stop after so many shutdowns within so many sec
 BY_ID = "/dev/serial/by-id"
 LATENCY = "/sys/bus/usb-serial/devices/{}/latency_timer"
 CALIBRATION = Path(__file__).with_name("calibration.json")
-BUSY = "{} is in use: close the other program (another run, Dynamixel Wizard)"
+BUSY = "is in use: close the other program (another run, Dynamixel Wizard)"
 NO_PORT = {
-    errno.ENOENT: f"no port {{}}: is the U2D2 plugged in? Look in {BY_ID}",
-    errno.EACCES: "no permission for {}: `sudo usermod -aG dialout $USER`, then log in again",
+    errno.ENOENT: f"is not there: is the U2D2 plugged in? Look in {BY_ID}",
+    errno.EACCES: "is not for you: `sudo usermod -aG dialout $USER`, then log in again",
     errno.EBUSY: BUSY,
     errno.EAGAIN: BUSY,
 }
@@ -440,11 +431,10 @@ def find_port():
         from serial.tools.list_ports import comports
     except ImportError:
         return None
-    found = sorted({p.device for p in comports() if (p.vid, p.pid) == (0x0403, 0x6014)})
+    found = [stable_name(p.device) for p in comports() if (p.vid, p.pid) == (0x0403, 0x6014)]
     if len(found) > 1:
-        names = ", ".join(map(stable_name, found))
-        raise Problem(f"{len(found)} adapters found ({names}): choose one with --port")
-    return stable_name(found[0]) if found else None
+        raise Problem(f"{len(found)} adapters found ({', '.join(found)}): choose one with --port")
+    return found[0] if found else None
 
 
 def stable_name(path):
@@ -492,17 +482,12 @@ def guard(port, silence, off):
         time.sleep(0.008)
 
 
-def motors(ids):
-    """'motor 5 (mf_mcp)', for messages."""
-    ids = list(ids)
-    names = ", ".join(f"{i} ({JOINTS[MOTOR_ID.index(i)].name})" for i in ids[:4])
-    more = f" and {len(ids) - 4} more" if len(ids) > 4 else ""
-    return f"motor{'s' * (len(ids) > 1)} {names}{more}"
-
-
-def motors_where(mask):
-    """Ids of the motors whose entry of mask (16,) is true."""
-    return [i for i, yes in zip(MOTOR_ID, mask) if yes]
+def motors(which):
+    """'motor 5 (mf_mcp)', for messages, of joints: a number, a list of numbers or a mask (16,)."""
+    joints = [JOINTS[j] for j in np.atleast_1d(np.arange(N)[which])]
+    names = ", ".join(f"{joint.motor_id} ({joint.name})" for joint in joints[:4])
+    more = f" and {len(joints) - 4} more" if len(joints) > 4 else ""
+    return f"motor{'s' * (len(joints) > 1)} {names}{more}"
 
 
 class DynamixelHand(Hand):
@@ -525,16 +510,16 @@ class DynamixelHand(Hand):
             raise Problem(f"a real hand needs Linux or macOS, and dynamixel-sdk ({error}); "
                           "the virtual hand needs neither: --port sim:0")
         self.packet = Protocol2PacketHandler()
-        self.name = port if port == "auto" else stable_name(port)
+        self.path = find_port() if port == "auto" else stable_name(port)
+        if self.path is None:
+            raise Problem("no U2D2 found: plug it in, or name the device with --port")
         self.gone = OSError, termios.error       # what a port raises when it is unplugged
         self.next_health, self.hot = 0.0, REST_ABOVE
         self.offset = load_calibration(calibration)
         self.lowest, self.highest = np.sort(self._counts(np.array([LOW, HIGH])), axis=0)
-        main = threading.current_thread() is threading.main_thread()
-        if main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-            signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))      # so that `with` ends
+        self.agree, self.passed = agree, passed
         try:
-            self.bring_up(agree, passed)
+            self.bring_up()
         except BaseException:
             self.close()
             raise
@@ -548,9 +533,6 @@ class DynamixelHand(Hand):
         """Open the port for this process alone, at BAUD."""
         from dynamixel_sdk import PortHandler
         self._close_port()
-        self.path = find_port() if self.name == "auto" else self.name
-        if self.path is None:
-            raise Problem("no U2D2 found: plug it in, or name the device with --port")
         patience = time.monotonic() + 1.0        # a killed run's guardian holds it for a moment
         while self.port is None:
             try:
@@ -561,10 +543,10 @@ class DynamixelHand(Hand):
                 self.port.ser.write_timeout = 1.0
             except (*self.gone, ValueError) as error:
                 self._close_port()
-                other = f"{{}} is not a working serial device: {error}"
+                other = f"is not a working serial device: {error}"
                 why = NO_PORT.get(getattr(error, "errno", None), other)
                 if why != BUSY or time.monotonic() > patience:
-                    raise Problem(why.replace("{}", self.path))
+                    raise Problem(f"port {self.path!r} {why}")
                 time.sleep(0.05)
         with contextlib.suppress(OSError, ValueError, AttributeError, NotImplementedError):
             self.port.ser.set_low_latency_mode(True)         # FTDI on Linux: 1 ms
@@ -578,7 +560,7 @@ class DynamixelHand(Hand):
     def _sdk(self, call, *args):
         """One call of the SDK, after a sign of life. A port that is gone becomes a BusError."""
         if self.port is None:
-            raise BusError(f"{self.name} is closed")
+            raise BusError(f"{self.path} is closed")
         self._beat()
         try:
             return call(self.port, *args)
@@ -634,10 +616,22 @@ class DynamixelHand(Hand):
                     self.next_health = 0.0       # a motor is in error: look at once
                 return np.stack([answers[i] for i in MOTOR_ID])
         self._let_go()                           # at once; then see who it is
-        lost = [i for i in MOTOR_ID if i not in answers]
-        lost = [i for i in lost if self._ping(i, 3) is None] or lost
-        verb = "do" if len(lost) > 1 else "does"
-        self._fail("silent", f"{motors(lost)} {verb} not answer: check cables and supply")
+        self._blame([j for j in range(N) if MOTOR_ID[j] not in answers])
+
+    def _blame(self, lost):
+        """BusError that says which of the joints `lost` do not answer, and why that may be."""
+        heard = {j: [self._sdk(self.packet.ping, MOTOR_ID[j])[1] for _ in range(3)] for j in lost}
+        silent = [j for j in lost if 0 not in heard[j]]
+        garbled = [j for j in silent if -3002 in heard[j]]
+        if garbled:
+            text = (f"{motors(garbled)}: garbled answers, as when two motors share an id: connect "
+                    "one at a time and set ids with Dynamixel Wizard")
+        elif len(silent) == N:
+            text = (f"no motor answers: is the 5 V supply on, the cable in the U2D2's TTL socket, "
+                    f"and are they set to {BAUD} baud (rate 6, with Dynamixel Wizard)?")
+        else:
+            text = f"{motors(silent or lost)}: no answer: check its cable, the supply and its id"
+        self._fail("silent", text)
 
     def _drain(self):
         """Drop what still comes in within 3 ms, and say whether there was anything."""
@@ -651,19 +645,8 @@ class DynamixelHand(Hand):
             got = _integers(self._ask(address, size), 0, size) % (1 << 8 * size)
             if (got == want).all():
                 return
-        k = int(np.argmax(got != want))
-        who = motors([MOTOR_ID[k]])
-        self._fail("refused", f"{who} refuses {name} {want[k]} and keeps {got[k]}")
-
-    def _ping(self, i, tries=TRIES):
-        """Model number, 0 for garbled answers, None for none."""
-        garbled = False
-        for _ in range(tries):
-            model, result, error = self._sdk(self.packet.ping, i)
-            if result == 0 and not error & 0x7F:             # else it answers a broken packet
-                return model
-            garbled |= result == -3002
-        return 0 if garbled else None
+        j = np.argmax(got != want)
+        self._fail("refused", f"{motors(j)} refuses {name} {want[j]} and keeps {got[j]}")
 
     # ---- events and letting go
     def _fail(self, kind, text):
@@ -674,9 +657,8 @@ class DynamixelHand(Hand):
         since = time.time() - seconds
         recent = [k for t, k, _ in self.events if k in ERRORS.values() and t > since]
         if kind in recent and len(recent) >= most:
-            counts = ", ".join(f"{recent.count(k)} x {k}" for k in sorted(set(recent)))
-            raise Problem(f"stopped after {counts} within {seconds} s; last: {text}. "
-                          "Let it cool, check load, supply and cables")
+            raise Problem(f"{len(recent)} shutdowns within {seconds} s: let the hand cool, check "
+                          f"load, supply and cables; last: {text}")
         raise BusError(f"{text}; the hand has let go")
 
     def _note(self, kind, text):
@@ -700,8 +682,7 @@ class DynamixelHand(Hand):
 
     def rest(self):
         self._let_go()
-        if self._ask(64, 1).any():
-            self._set(64, 1, 0, "torque")
+        self._set(64, 1, 0, "torque")
 
     def close(self):
         self._let_go()
@@ -724,80 +705,50 @@ class DynamixelHand(Hand):
             wait = min(2 * wait, 5.0)
 
     # ---- from the cable to a hand that can be moved
-    def bring_up(self, agree=lambda text: True, passed=lambda line: None):
+    def bring_up(self):
         """Check everything without moving; the first thing that is wrong raises Problem."""
         self._open()
-        passed(f"port         {self.path}")
         timer = Path(LATENCY.format(os.path.basename(os.path.realpath(self.path))))
-        latency = int(timer.read_text()) if timer.exists() else None
-        if latency and latency > 1:
-            raise Problem(f"latency timer is {latency} ms, and every read waits for it: "
-                          f"`echo 1 | sudo tee {timer}`")
-        passed(f"latency      {f'{latency} ms' if latency else 'no timer on this device'}")
+        if timer.exists() and int(timer.read_text()) > 1:
+            raise Problem(f"latency timer is {timer.read_text().strip()} ms, and every read waits "
+                          f"for it: `echo 1 | sudo tee {timer}`")
+        self.passed(f"port         {self.path}")
         self._tell(64, 1, 0)                     # let go, whoever drove before
         self._tell(68, 1, 2)                     # answer to everything
-        models = self._find_motors()
-        kinds = [f"{models.count(m)} x {name}" for m, name in MODELS.items() if m in models]
-        passed(f"motors       {N} of {N}: {', '.join(kinds)}")
         table = self._ask(0, 64)
-        firmware = table[:, 6]
-        if firmware.min() < FIRMWARE:
-            raise Problem(f"{motors(motors_where(firmware < FIRMWARE))}: firmware {firmware.min()} "
-                          f"is older than {FIRMWARE}: update it with Dynamixel Wizard")
-        passed(f"firmware     {', '.join(map(str, sorted(set(firmware))))}")
+        models, firmware = _integers(table, 0, 2), table[:, 6]
+        unknown, old = ~np.isin(models, list(MODELS)), firmware < FIRMWARE
+        if unknown.any():
+            raise Problem(f"{motors(unknown)}: not an {' or '.join(MODELS.values())}, but model "
+                          f"number {models[unknown][0]}")
+        if old.any():
+            raise Problem(f"{motors(old)}: firmware {firmware.min()} is older than {FIRMWARE}: "
+                          "update it with Dynamixel Wizard")
+        self.passed(f"motors       {N} of {N}, firmware {', '.join(map(str, np.unique(firmware)))}")
         self._reboot_if_in_error()
-        self._settings(table, models, agree)
-        passed("settings     operating mode 5, return delay 0, gains and limits of the table")
-        passed(f"power        {self.health()}, no error flags")
+        self._settings(table, models)
+        self.passed("settings     operating mode 5, return delay 0, gains and limits of the table")
+        self.passed(f"power        {self.health()}, no error flags")
         q = self.read().q
         outside = (q < LOW - SLACK) | (q > HIGH + SLACK)
         if outside.any():
             angle, low, high = np.rad2deg([q, LOW, HIGH])[:, outside.argmax()]
-            raise Problem(f"{motors(motors_where(outside))}: reads {angle:.0f} degrees, limits are "
-                          f"{low:.0f} to {high:.0f} (a flat open hand reads 0): horn or motor "
-                          "mounted wrongly, or ids swapped")
-        passed("joints       all within their limits")
+            raise Problem(f"{motors(outside)}: reads {angle:.0f} degrees, limits are {low:.0f} to "
+                          f"{high:.0f} (a flat open hand reads 0): horn or motor mounted wrongly, "
+                          "or ids swapped")
+        self.passed("joints       all within their limits")
         self.hot = REST_ABOVE
 
-    def _find_motors(self):
-        """Model numbers in joint order; Problem when one is missing, doubled or unknown."""
-        models = [self._ping(i) for i in MOTOR_ID]
-        silent = motors_where(m is None for m in models)
-        garbled = motors_where(m == 0 for m in models)
-        unknown = motors_where(m not in (*MODELS, 0, None) for m in models)
-        answers = lambda i: self._sdk(self.packet.ping, i)[1] == 0
-        if garbled:
-            raise Problem(f"{motors(garbled)}: garbled answers, as when two motors share an id: "
-                          "connect one at a time and set ids with Dynamixel Wizard")
-        if len(silent) == N:
-            for baud in (57_600, 1_000_000, 2_000_000, 3_000_000, 115_200):
-                self._sdk(lambda port: port.setBaudRate(baud))
-                if any(answers(i) for i in [0, 1, 2, 3] * 2):
-                    raise Problem(f"the motors talk at {baud} baud: set them to {BAUD} "
-                                  "(baud rate 6) with Dynamixel Wizard")
-            raise Problem("no motor answers at any baud rate: is the 5 V supply on, "
-                          "and the cable in the U2D2's TTL socket?")
-        if silent:
-            strangers = [i for i in range(31) if i not in MOTOR_ID and answers(i)]
-            hint = "check the cable that leads to it, and its id"
-            if strangers:
-                hint = f"there is a motor with id {strangers[0]}: set its id"
-            raise Problem(f"{motors(silent)} missing: {hint} with Dynamixel Wizard")
-        if unknown:
-            raise Problem(f"{motors(unknown)}: not an {' or '.join(MODELS.values())}, but model "
-                          f"number {models[MOTOR_ID.index(unknown[0])]}")
-        return models
-
-    def _settings(self, table, models, agree):
+    def _settings(self, table, models):
         """Give every motor the settings of the table. `table` (16, 64) is what it remembers."""
         limit = np.rint([1000 * CURRENT_LIMIT[m] for m in models]).astype(int)       # mA
         for name, (address, size, value) in (EEPROM | {"current limit": (38, 2, limit)}).items():
             now = _integers(table, address, size) % (1 << 8 * size)
-            if (now != value).any():
-                k = (now != value).argmax()
-                text = (f"{motors(motors_where(now != value))}: {name} is {now[k]}, "
-                        f"must be {np.broadcast_to(value, N)[k]}")
-                if not agree(text):
+            wrong = now != value
+            if wrong.any():
+                must = np.broadcast_to(value, N)[wrong][0]
+                text = f"{motors(wrong)}: {name} is {now[wrong][0]}, must be {must}"
+                if not self.agree(text):
                     raise Problem(f"{text}: answer yes to have it set")
                 self._set(address, size, value, name)
                 self._note("setting", text + ": set")
@@ -808,17 +759,17 @@ class DynamixelHand(Hand):
         """Only a reboot brings back a motor that has shut down. It forgets its RAM."""
         for _ in range(3):
             flags = self._ask(70, 1)[:, 0]
-            sick = motors_where(flags)
-            if not sick:
+            if not flags.any():
                 return
-            self._note("reboot", f"{motors(sick)}: {_error_names(flags)}")
+            text = f"{motors(flags > 0)}: {_error_names(flags)}"
+            self._note("reboot", text)
+            sick = [i for i, flag in zip(MOTOR_ID, flags) if flag]
             for i in sick:
                 self._sdk(self.packet.reboot, i)
             until = time.monotonic() + 2.0
             while time.monotonic() < until and any(self._sdk(self.packet.ping, i)[1] for i in sick):
                 pass
-        raise Problem(f"{motors(sick)}: {_error_names(flags)} after three reboots: "
-                      "check supply, load and cable, or replace it")
+        raise Problem(f"{text} after three reboots: check supply, load and cable, or replace it")
 
     # ---- moving
     def health(self):
@@ -833,13 +784,13 @@ class DynamixelHand(Hand):
         volts = 0.1 * _integers(power, 0, 2)
         if flags.any():
             names = _error_names(flags)
-            self._fail(names.split(",")[0], f"{motors(motors_where(flags))} shut down: {names}")
+            self._fail(names.split(",")[0], f"{motors(flags > 0)} shut down: {names}")
         if degrees.max() >= self.hot:
             self.hot = REST_UNTIL
-            who = motors([MOTOR_ID[degrees.argmax()]])
-            self._fail("rest", f"{who} is at {degrees.max()} C: resting until below {REST_UNTIL} C")
+            self._fail("rest", f"{motors(degrees.argmax())} is at {degrees.max()} C: resting until "
+                               f"below {REST_UNTIL} C")
         if self.guardian is not None and limp.any():
-            self._fail("torque", f"{motors(motors_where(limp))} lost torque without an error, "
+            self._fail("torque", f"{motors(limp)} lost torque without an error, "
                                  "as after an interruption of supply or data: check its plugs")
         text = f"{volts.min():.1f}-{volts.max():.1f} V"
         if volts.min() < VOLTAGE[0] or volts.max() > VOLTAGE[1]:
@@ -914,7 +865,7 @@ NUDGE = 0.25     # rad, how far a joint goes back before it is pressed
 BACK = 7         # ticks, for that
 PRESS = 0.08     # rad per tick, how fast it then goes to its stop
 FINE = 0.12      # rad: as far as a zero may be off; further away something is mounted wrongly
-SIMILAR = 0.15   # rad: a stop this close to what another fault would give may be that fault
+END = 4.2        # rad: further than any joint goes, also mirrored or turned by 90 degrees
 JAMMED = 0.1     # rad: a joint that moves less is jammed
 ALONE = 0.02     # rad, how far the joints of other fingers may move
 
@@ -932,7 +883,6 @@ CURLED = np.array([(THUMB_CURL if finger == "th" else CURL).get(role, 0.0)
                    for finger, role in zip(FINGER, ROLE)])
 TOWARD = np.array([1 if role in UP else -1 for role in ROLE])     # the sign of that
 STOP = np.where(TOWARD > 0, HIGH, LOW)                            # rad
-OTHER_STOP = np.where(TOWARD > 0, LOW, HIGH)
 
 
 def check(argv=None):
@@ -954,9 +904,6 @@ def check(argv=None):
     def passed(line):
         print(f"ok  {line}", flush=True)
 
-    folder = Path(args.calibration).absolute().parent
-    if not os.access(folder, os.W_OK):                   # now, not after a minute of moving
-        raise Problem(f"cannot write to {folder}, where the calibration goes")
     with DynamixelHand(args.port, args.calibration, passed=passed,
                        agree=lambda text: agree(f"{text}. Set it?")) as hand:
         if not agree("Each joint will now move, softly, for about a minute. "
@@ -970,7 +917,7 @@ def check(argv=None):
     print_table(stops, moved, others)
     judge(stops, moved, others)
     passed("movement     every joint moves, and only that one")
-    if not args.yes and not agree(
+    if not agree(
             "Did index, middle, ring and thumb move in this order, and in each finger first the "
             "base (back), then side (towards the thumb), middle (curling), tip (stretching)?"):
         raise Problem("joints move in the wrong order: motor ids are swapped, or a side motor is "
@@ -1013,8 +960,6 @@ def press(hand, j):
     q = hand.read().q
     seen = [q]
     goal, side, start = hand.target.copy(), TOWARD[j], q[j]
-    # far enough to see a joint that is mirrored or turned by 90 degrees
-    end = 0.5 + max(side * STOP[j] + 1.75, -side * OTHER_STOP[j])
     still = 0                                            # ticks at rest, the goal being far away
     for tick in range(1, 200):
         if tick <= BACK:
@@ -1028,71 +973,38 @@ def press(hand, j):
         seen.append(q)
         far = side * (goal[j] - q[j]) > 0.2
         still = still + 1 if far and abs(q[j] - last[j]) < 0.01 else 0
-        if still == 4 or side * goal[j] > end:
+        if still == 4 or side * goal[j] > END:
             break
     hand.target = np.clip(q, LOW, HIGH)
     return (q[j] if still == 4 else np.nan), np.ptp(seen, axis=0)
 
 
 def judge(stops, moved, others):
-    """One clear line about what is wrong: first what nothing else can bring about, last what may
-    be the consequence of another fault."""
-    offset = stops - STOP
-    wrong = np.flatnonzero(np.abs(offset) > FINE)
-    jammed = np.flatnonzero(moved < JAMMED)
-    drawn = np.flatnonzero(others > ALONE)
-    beyond = [j for j in wrong if TOWARD[j] * offset[j] > 0]     # no obstacle takes a joint there
-    alone = [j for j in wrong if j not in jammed and j not in drawn]
-    for j in np.flatnonzero(np.isnan(stops)):
-        raise Problem(f"{_motor(j)}: turns without end: the horn screw is missing, or the finger "
-                      "is not attached to it")
-    for j in beyond + [j for j in alone if causes(j, stops)]:
-        raise Problem(stops_wrongly(j, stops, wrong))
-    facts = []
-    if len(jammed):
-        facts.append(f"{_motor(*jammed)}: does not move when told to: jammed joint, something in "
-                     "its way, or a horn screw too tight")
-    if alone:
-        facts.append(stops_wrongly(alone[0], stops, alone))
-    if len(drawn):
-        facts.append(f"{_motor(*drawn)}: moving it moves another finger's joint by "
-                     f"{np.rad2deg(others[drawn[0]]):.0f} degrees: fingers tied together, "
-                     "something between them, or a cable that pulls")
-    if facts:
-        raise Problem("; ".join(facts))
-
-
-def causes(j, stops):
-    """What in the way the hand is built would make joint j stop where it does, in words."""
-    offset, found = stops[j] - STOP[j], []
-    for k in range(N):
-        mine = (HIGH if TOWARD[j] > 0 else LOW)[k]         # where j stops when it drives k's joint
-        its = (HIGH if TOWARD[k] > 0 else LOW)[j]
-        if (FINGER[k] == FINGER[j] and k != j and abs(stops[j] - mine) < SIMILAR
-                and abs(stops[k] - its) < SIMILAR):
-            found.append(f"its id is swapped with {_motor(k)}")
-    if abs(abs(offset) - np.pi / 2) < SIMILAR:
-        found.append("take the part off its horn and turn it by 90 degrees")
-    if abs(stops[j] + OTHER_STOP[j]) < SIMILAR or (TOWARD[j] * offset > 0.5 and not found):
-        found.append("it turns the wrong way (mounted mirrored, or SIGN in the table of hand.py) "
-                     "or drives another joint (ids swapped)")
-    return found
-
-
-def stops_wrongly(j, stops, like):
-    offset, why = stops[j] - STOP[j], causes(j, stops)
-    if not why or abs(offset) < 0.5:
-        why.append(f"horn mounted {np.rad2deg(offset):+.0f} degrees off (a tooth or more)")
-    if TOWARD[j] * offset < 0:
-        why.append("something blocks the joint")
-    more = f" ({len(like) - 1} more like this)" if len(like) > 1 else ""
-    return (f"{_motor(j)}: {'upper' if TOWARD[j] > 0 else 'lower'} stop at "
-            f"{np.rad2deg(stops[j]):.0f} degrees, expected {np.rad2deg(STOP[j]):.0f}: "
-            f"{', or '.join(why)}{more}")
-
-
-def _motor(*joints):
-    return motors(MOTOR_ID[j] for j in joints)
+    """One clear line about what is wrong: what nothing else can bring about, or else all that is
+    seen, since one may be the consequence of another."""
+    beyond = TOWARD * (stops - STOP)             # rad; negative: before its stop of the table
+    jammed, drawn = moved < JAMMED, others > ALONE
+    short = (beyond < -FINE) & ~jammed & ~drawn
+    short &= beyond <= beyond[short].min(initial=0.0)    # the worst: others may run into it
+    mounting = ("the part on its horn must be turned by a tooth (14 degrees) or by 90 degrees, it "
+                "turns the wrong way (mounted mirrored, or SIGN in the table of hand.py), or its "
+                "id is swapped with another one of its finger")
+    certain = (
+        (np.isnan(stops), "turns without end: the horn screw is missing, or the finger is not "
+                          "attached to it"),
+        (beyond > FINE, f"goes further than it can, see its offset above: {mounting}"),
+    )
+    likely = (
+        (jammed, "does not move when told to: jammed joint, something in its way, or a horn screw "
+                 "too tight"),
+        (short, f"stops early, see its offset above: something blocks the joint, or {mounting}"),
+        (drawn, "moving it moves another finger's joint: fingers tied together, something between "
+                "them, or a cable that pulls"),
+    )
+    for findings in certain, likely:
+        lines = [f"{motors(which)}: {text}" for which, text in findings if which.any()]
+        if lines:
+            raise Problem("; ".join(lines))
 
 
 def print_table(stops, moved, others):

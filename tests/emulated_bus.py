@@ -9,9 +9,9 @@
     echo "overload 3" > /tmp/leap/control         # own process: outlives a killed driver
 
 Written from the ROBOTIS manual (Protocol 2.0, XL330/XC330-M288 control tables), not from a driver.
-Where the manual is silent the motor takes the side that is worse for a careless driver: a goal written
-with torque off is kept, so torque-on jumps to it; after a cleared watchdog the old goal drives again;
-motors behind a silent one in a sync read stay silent too (`sync_chain`).
+Where the manual is silent the motor takes the side that is worse for a careless driver: a goal
+written with torque off is kept, so torque-on jumps to it; after a cleared watchdog the old goal
+drives again; motors behind a silent one in a sync read stay silent too (`sync_chain`).
 """
 import argparse
 import heapq
@@ -40,26 +40,35 @@ BULK_READ, BULK_WRITE, FAST_BULK_READ, STATUS, BROADCAST = 0x92, 0x93, 0x9A, 0x5
 RESULT_FAIL, INSTRUCTION, CRC, DATA_RANGE, DATA_LENGTH, DATA_LIMIT, ACCESS = range(1, 8)
 VOLTAGE, OVERHEATING, OVERLOAD = 1, 4, 32       # bits of Hardware Error Status and Shutdown
 
-# address, bytes, name, access, default, min, max; a negative min makes it signed. `lim` = limit register
+# address, bytes, name, access, default, min, max; a negative min makes it signed
 CONTROL_TABLE = """
-0 2 model_number R 1200 0 65535       | 2 4 model_information R 0 0 0         | 6 1 firmware_version R 52 0 255
-7 1 id RW 1 0 252                     | 8 1 baud_rate RW 1 0 6                | 9 1 return_delay_time RW 250 0 254
-10 1 drive_mode RW 0 0 13             | 11 1 operating_mode RW 3 0 16         | 12 1 secondary_id RW 255 0 255
-13 1 protocol_type RW 2 2 22          | 20 4 homing_offset RW 0 -1044479 1044479 | 24 4 moving_threshold RW 10 0 1023
-31 1 temperature_limit RW 70 0 100    | 32 2 max_voltage_limit RW 70 31 70    | 34 2 min_voltage_limit RW 35 31 70
-36 2 pwm_limit RW 885 0 885           | 38 2 current_limit RW 1750 0 1750     | 44 4 velocity_limit RW 445 0 2047
-48 4 max_position_limit RW 4095 0 4095 | 52 4 min_position_limit RW 0 0 4095  | 60 1 startup_configuration RW 0 0 3
-62 1 pwm_slope RW 140 1 255           | 63 1 shutdown RW 53 0 255             | 64 1 torque_enable RW 0 0 1
-65 1 led RW 0 0 1                     | 68 1 status_return_level RW 2 0 2     | 69 1 registered_instruction R 0 0 1
-70 1 hardware_error_status R 0 0 255  | 76 2 velocity_i_gain RW 1600 0 16383  | 78 2 velocity_p_gain RW 180 0 16383
-80 2 position_d_gain RW 0 0 16383     | 82 2 position_i_gain RW 0 0 16383     | 84 2 position_p_gain RW 400 0 16383
-88 2 feedforward_2nd_gain RW 0 0 16383 | 90 2 feedforward_1st_gain RW 0 0 16383 | 98 1 bus_watchdog RW 0 0 127
-100 2 goal_pwm RW 0 -885 885          | 102 2 goal_current RW 0 -2352 2352    | 104 4 goal_velocity RW 0 -2047 2047
-108 4 profile_acceleration RW 0 0 32767 | 112 4 profile_velocity RW 0 0 32767 | 116 4 goal_position RW 0 -1048575 1048575
-120 2 realtime_tick R 0 0 32767       | 122 1 moving R 0 0 1                  | 123 1 moving_status R 0 0 255
-124 2 present_pwm R 0 -885 885        | 126 2 present_current R 0 -2352 2352  | 128 4 present_velocity R 0 -32768 32767
-132 4 present_position R 0 -1 0       | 136 4 velocity_trajectory R 0 -1 0    | 140 4 position_trajectory R 0 -1 0
-144 2 present_input_voltage R 50 0 255 | 146 1 present_temperature R 28 0 255 | 147 1 backup_ready R 0 0 1
+0 2 model_number R 1200 0 65535              | 2 4 model_information R 0 0 0
+6 1 firmware_version R 52 0 255              | 7 1 id RW 1 0 252
+8 1 baud_rate RW 1 0 6                       | 9 1 return_delay_time RW 250 0 254
+10 1 drive_mode RW 0 0 13                    | 11 1 operating_mode RW 3 0 16
+12 1 secondary_id RW 255 0 255               | 13 1 protocol_type RW 2 2 22
+20 4 homing_offset RW 0 -1044479 1044479     | 24 4 moving_threshold RW 10 0 1023
+31 1 temperature_limit RW 70 0 100           | 32 2 max_voltage_limit RW 70 31 70
+34 2 min_voltage_limit RW 35 31 70           | 36 2 pwm_limit RW 885 0 885
+38 2 current_limit RW 1750 0 1750            | 44 4 velocity_limit RW 445 0 2047
+48 4 max_position_limit RW 4095 0 4095       | 52 4 min_position_limit RW 0 0 4095
+60 1 startup_configuration RW 0 0 3          | 62 1 pwm_slope RW 140 1 255
+63 1 shutdown RW 53 0 255                    | 64 1 torque_enable RW 0 0 1
+65 1 led RW 0 0 1                            | 68 1 status_return_level RW 2 0 2
+69 1 registered_instruction R 0 0 1          | 70 1 hardware_error_status R 0 0 255
+76 2 velocity_i_gain RW 1600 0 16383         | 78 2 velocity_p_gain RW 180 0 16383
+80 2 position_d_gain RW 0 0 16383            | 82 2 position_i_gain RW 0 0 16383
+84 2 position_p_gain RW 400 0 16383          | 88 2 feedforward_2nd_gain RW 0 0 16383
+90 2 feedforward_1st_gain RW 0 0 16383       | 98 1 bus_watchdog RW 0 0 127
+100 2 goal_pwm RW 0 -885 885                 | 102 2 goal_current RW 0 -2352 2352
+104 4 goal_velocity RW 0 -2047 2047          | 108 4 profile_acceleration RW 0 0 32767
+112 4 profile_velocity RW 0 0 32767          | 116 4 goal_position RW 0 -1048575 1048575
+120 2 realtime_tick R 0 0 32767              | 122 1 moving R 0 0 1
+123 1 moving_status R 0 0 255                | 124 2 present_pwm R 0 -885 885
+126 2 present_current R 0 -2352 2352         | 128 4 present_velocity R 0 -32768 32767
+132 4 present_position R 0 -1 0              | 136 4 velocity_trajectory R 0 -1 0
+140 4 position_trajectory R 0 -1 0           | 144 2 present_input_voltage R 50 0 255
+146 1 present_temperature R 28 0 255         | 147 1 backup_ready R 0 0 1
 """
 
 
@@ -87,8 +96,11 @@ ITEMS = {item.name: item for item in _items()}
 ITEM_AT = {item.address + k: item for item in ITEMS.values() for k in range(item.size)}
 TABLE_END = 228
 # what differs on the metal-geared XC330-M288
-MODEL_DEFAULTS = {1200: {}, 1240: dict(current_limit=2352, velocity_limit=350, shutdown=52,
-                                       velocity_p_gain=50, position_d_gain=500, position_p_gain=1100)}
+MODEL_DEFAULTS = {
+    1200: {},
+    1240: dict(current_limit=2352, velocity_limit=350, shutdown=52, velocity_p_gain=50,
+               position_d_gain=500, position_p_gain=1100),
+}
 GOALS = ("goal_pwm", "goal_current", "goal_velocity", "goal_position")
 COUNTS = 4096 / math.tau                        # encoder counts per radian
 VELOCITY_UNIT = 0.229 * math.tau / 60           # rad/s
@@ -113,7 +125,8 @@ def crc16(data, crc=0):
 
 
 def packet(id, instruction, params=b""):
-    """One Protocol 2.0 packet, stuffed and with CRC. A status packet's first parameter is its error."""
+    """One Protocol 2.0 packet, stuffed and with CRC. A status packet's first parameter is its
+    error."""
     body = (bytes([instruction]) + bytes(params)).replace(b"\xff\xff\xfd", b"\xff\xff\xfd\xfd")
     head = b"\xff\xff\xfd\x00" + bytes([id]) + (len(body) + 2).to_bytes(2, "little") + body
     return head + crc16(head).to_bytes(2, "little")
@@ -124,19 +137,21 @@ class Joint:
     """A finger joint as it is really built: where it is, and how its motor's horn was put on."""
     q: float = 0.0                 # joint angle, rad
     w: float = 0.0                 # rad/s
-    zero_offset: float = 0.0       # motor counts at q = 0, beyond 2048 (a spline tooth ~ 4096/25, 90 deg = 1024)
+    # motor counts at q = 0, beyond 2048 (a tooth ~ 164, 90 deg = 1024)
+    zero_offset: float = 0.0
     sign: int = 1                  # -1: mounted the other way round
     stuck: bool = False            # jammed: does not move whatever the torque
     stops: tuple = (-math.inf, math.inf)   # mechanical stops, rad
 
 
 class Motor:
-    """One X330: control table, drive, shutdown and watchdog. `motor["goal_position"]` reads a register,
-    `motor["temperature_limit"] = 60` sets it past all checks (as if the motor came like that)."""
+    """One X330: control table, drive, shutdown and watchdog. `motor["goal_position"]` reads a
+    register, `motor["temperature_limit"] = 60` sets it past all checks (as if the motor came like
+    that)."""
     # XL330 constants identified by Rhoban (arXiv 2410.08650), at the output shaft
     KT, R, ARMATURE, FRICTION, VISCOUS = 0.366, 2.811, 0.0018, 0.0095, 0.005
     AMBIENT, COOLING, HEATING = 28.0, 1 / 120, 2.5    # deg C, 1/s, K/s per A^2
-    OVERLOAD_CURRENT, OVERLOAD_TIME = 0.6, 4.0        # A, s: our figure; the firmware's is not published
+    OVERLOAD_CURRENT, OVERLOAD_TIME = 0.6, 4.0        # A, s: ours; the firmware's is not published
 
     def __init__(self, bus, id, model, baud, return_delay, firmware):
         self.bus, self.joint, self.model, self.firmware = bus, Joint(), model, firmware
@@ -149,12 +164,14 @@ class Motor:
         self.registered = None
         self.last_packet = self.stepped = time.monotonic()
         self.factory_reset(keep=())
-        self["id"], self["baud_rate"], self["return_delay_time"] = id, BAUDS.index(baud), return_delay
+        self["id"], self["baud_rate"] = id, BAUDS.index(baud)
+        self["return_delay_time"] = return_delay
         self.boot()
 
     def __getitem__(self, name):
         item = ITEMS[name]
-        return int.from_bytes(self.mem[item.address:item.address + item.size], "little", signed=item.low < 0)
+        part = self.mem[item.address:item.address + item.size]
+        return int.from_bytes(part, "little", signed=item.low < 0)
 
     def __setitem__(self, name, value):
         item = ITEMS[name]
@@ -215,7 +232,8 @@ class Motor:
         """Watchdog, shutdown, and the joint's motion up to `now` (s, monotonic)."""
         span, self.stepped = min(now - self.stepped, 1.0), now
         watchdog = self["bus_watchdog"]
-        if self["torque_enable"] and 0 < watchdog < 128 and now - self.last_packet > 0.02 * watchdog:
+        counting = self["torque_enable"] and 0 < watchdog < 128
+        if counting and now - self.last_packet > 0.02 * watchdog:
             self["bus_watchdog"], self.tripped = 255, True
             self.bus.stats["watchdog_trips"] += 1
         physics = self.bus.physics
@@ -225,7 +243,8 @@ class Motor:
             physics.step(now)
         self.temperature += span * (self.HEATING * self.current ** 2
                                     - self.COOLING * (self.temperature - self.AMBIENT))
-        self.overloaded_for = self.overloaded_for + span if abs(self.current) > self.OVERLOAD_CURRENT else 0.0
+        overloaded = abs(self.current) > self.OVERLOAD_CURRENT
+        self.overloaded_for = self.overloaded_for + span if overloaded else 0.0
         low, high = self["min_voltage_limit"], self["max_voltage_limit"]
         if not low <= round(self.bus.voltage * 10) <= high:
             self.fail(VOLTAGE)
@@ -237,7 +256,8 @@ class Motor:
             self.fail(OVERLOAD)
 
     def _move(self, span):
-        """Position/velocity/current/PWM control of the joint for `span` seconds, in steps of at most 4 ms."""
+        """Position/velocity/current/PWM control of the joint for `span` seconds, in steps of at
+        most 4 ms."""
         j, mode, driving = self.joint, self["operating_mode"], self.driving
         volts = max(self.bus.voltage, 0.1)
         if not driving:
@@ -248,7 +268,8 @@ class Motor:
         zero = self.position() - flip * j.q * COUNTS
         p, d = self["position_p_gain"] / (256 * 885), self["position_d_gain"] / (16 * 885)
         goal, profile = self["goal_position"], self["profile_velocity"] * VELOCITY_UNIT * COUNTS
-        goal_velocity, goal_current = self["goal_velocity"] * VELOCITY_UNIT, self["goal_current"] / 1000
+        goal_velocity = self["goal_velocity"] * VELOCITY_UNIT
+        goal_current = self["goal_current"] / 1000
         cap = min(self["pwm_limit"], abs(self["goal_pwm"])) / 885
         amps = {0: self["current_limit"], 5: abs(self["goal_current"])}.get(mode, 5000) / 1000
         steps = max(1, math.ceil(span / 0.004))
@@ -272,9 +293,10 @@ class Motor:
             if j.stuck:
                 j.w = 0.0
                 continue
-            # friction is implicit in the new velocity, so that it stops the joint instead of shaking it
-            w = (w + dt / self.ARMATURE * self.KT * self.current) / (1 + dt / self.ARMATURE * self.VISCOUS)
-            w = math.copysign(max(0.0, abs(w) - dt / self.ARMATURE * self.FRICTION), w)
+            # friction is implicit in the new velocity: it stops the joint instead of shaking it
+            push = dt / self.ARMATURE
+            w = (w + push * self.KT * self.current) / (1 + push * self.VISCOUS)
+            w = math.copysign(max(0.0, abs(w) - push * self.FRICTION), w)
             j.w = flip * w
             j.q += dt * j.w
             if not j.stops[0] <= j.q <= j.stops[1]:
@@ -299,10 +321,12 @@ class Motor:
         self["realtime_tick"] = int(time.monotonic() * 1000) % 32768
         moving = abs(self.joint.w) / VELOCITY_UNIT > self["moving_threshold"]
         self["moving"], self["moving_status"] = moving, 0 if moving else 1
-        self["present_pwm"], self["present_current"] = round(885 * self.duty), round(1000 * self.current)
+        self["present_pwm"] = round(885 * self.duty)
+        self["present_current"] = round(1000 * self.current)
         self["present_velocity"] = self["velocity_trajectory"] = round(
             self.joint.sign * self.direction * self.joint.w / VELOCITY_UNIT)
-        self["present_position"], self["position_trajectory"] = round(self.position()), round(self.target)
+        self["present_position"] = round(self.position())
+        self["position_trajectory"] = round(self.target)
         self["present_input_voltage"], self["present_temperature"] = \
             round(10 * self.bus.voltage), round(self.temperature)
         return 0, bytes(self.mem[self._real(a)] for a in span)
@@ -318,11 +342,13 @@ class Motor:
             if None in raw:
                 return DATA_LENGTH, {}
             value = int.from_bytes(bytes(raw), "little", signed=item.low < 0)
-            if not item.low <= value <= item.high or (item.name in GOALS and self["bus_watchdog"] == 255) \
-                    or (item.name == "operating_mode" and value not in (0, 1, 3, 4, 5, 16)):
+            refused = item.name in GOALS and self["bus_watchdog"] == 255
+            no_mode = item.name == "operating_mode" and value not in (0, 1, 3, 4, 5, 16)
+            if not item.low <= value <= item.high or refused or no_mode:
                 return DATA_RANGE, {}
             values[item.name] = value
-        limit = {"goal_pwm": "pwm_limit", "goal_current": "current_limit", "goal_velocity": "velocity_limit"}
+        limit = {"goal_pwm": "pwm_limit", "goal_current": "current_limit",
+                 "goal_velocity": "velocity_limit"}
         for name in values.keys() & limit.keys():
             if abs(values[name]) > self[limit[name]]:
                 return DATA_LIMIT, {}
@@ -340,8 +366,10 @@ class Motor:
         was_on, before = self["torque_enable"], self["goal_position"]
         for name, value in values.items():
             self[name] = value
-        if "operating_mode" in values:                # the manual: profile and goals are reset with the mode
-            self._defaults(i for i in ITEMS.values() if 76 <= i.address <= 90 or i.name.startswith("profile"))
+        # the manual: profile and goals are reset with the mode
+        if "operating_mode" in values:
+            self._defaults(i for i in ITEMS.values()
+                           if 76 <= i.address <= 90 or i.name.startswith("profile"))
             self["goal_pwm"], self["goal_current"] = self["pwm_limit"], self["current_limit"]
         if values.get("bus_watchdog") == 0:
             self.tripped = False
@@ -358,39 +386,46 @@ class Motor:
 class EmulatedBus:
     """The chain of motors, the USB adapter and everything that can go wrong with them.
 
-    ids            motor ids along the chain; `motors` is keyed by these, whatever register 7 says later
+    ids            motor ids along the chain; `motors` is keyed by these, whatever register 7 says
+                   later
     models         1200 (XL330-M288), 1240 (XC330-M288), or {id: model}
     baud           the motors' baud; return_delay: register 9, units of 2 us (factory 250)
     path           symlink to the pseudo-terminal (default: in a new temporary folder)
     faulty_watchdog  firmware 51: the watchdog register trips, the motor keeps driving
     baud_timing    a transaction takes at least its bits on the wire plus the return delays
     check_baud     motors are deaf unless the host's termios speed is theirs
-    limits         [(low, high)] rad by chain position: goals that would put a joint outside are counted
+    limits         [(low, high)] rad by chain position: goals that would put a joint outside are
+                   counted
     stops          [(low, high)] rad by chain position: where the joint mechanically stops
-    rates          {fault: probability per packet}, see `rate`; `delay` (s) is how late a delayed reply is
+    rates          {fault: probability per packet}, see `rate`; `delay` (s) is how late a delayed
+                   reply is
     sync_chain     in a sync or bulk read, motors listed behind a silent one stay silent
     physics        set to an object with `step(now)` and `moves(motor)`, it moves the joints instead
                    of each by itself; see hand_on_the_bus.py
-    report         json file of `snapshot`, rewritten every 0.2 s; control: FIFO that takes fault commands
+    report         json file of `snapshot`, rewritten every 0.2 s
+    control        FIFO that takes fault commands
     """
     FAULTS = ("drop_request", "drop", "corrupt_request", "corrupt", "delay", "duplicate")
-    COMMANDS = ("overload", "overheat", "hardware_error", "dip", "silence", "unplug", "plug", "rate", "inject",
-                "stuck", "swap", "zero_offset", "sign", "push", "reset_stats", *FAULTS)
+    COMMANDS = ("overload", "overheat", "hardware_error", "dip", "silence", "unplug", "plug",
+                "rate", "inject", "stuck", "swap", "zero_offset", "sign", "push", "reset_stats",
+                *FAULTS)
 
     physics = None
 
     def __init__(self, ids=range(16), models=1200, baud=4_000_000, return_delay=250, path=None,
-                 faulty_watchdog=False, baud_timing=True, check_baud=True, reboot_time=0.3, voltage=5.0,
-                 limits=None, stops=None, rates=None, delay=0.25, sync_chain=True, seed=0,
-                 report=None, control=None):
-        self.faulty_watchdog, self.baud_timing, self.check_baud = faulty_watchdog, baud_timing, check_baud
-        self.reboot_time, self.voltage, self.nominal_voltage, self.delay = reboot_time, voltage, voltage, delay
+                 faulty_watchdog=False, baud_timing=True, check_baud=True, reboot_time=0.3,
+                 voltage=5.0, limits=None, stops=None, rates=None, delay=0.25, sync_chain=True,
+                 seed=0, report=None, control=None):
+        self.faulty_watchdog, self.baud_timing = faulty_watchdog, baud_timing
+        self.check_baud, self.reboot_time = check_baud, reboot_time
+        self.voltage, self.nominal_voltage, self.delay = voltage, voltage, delay
         self.sync_chain, self.rng, self.report = sync_chain, random.Random(seed), report
         self.rates = {kind: 0.0 for kind in self.FAULTS} | (rates or {})
-        self.once = deque()                           # (kind, id or None): faults to happen to the next packets
+        self.once = deque()             # (kind, id or None): faults to happen to the next packets
         self.reset_stats()
         model_of = models.get if isinstance(models, dict) else lambda id, _: models
-        self.motors = {id: Motor(self, id, model_of(id, 1200), baud, return_delay, 51 if faulty_watchdog else 52)
+        firmware = 51 if faulty_watchdog else 52
+        self.motors = {id: Motor(self, id, model_of(id, 1200), baud, return_delay, firmware)
                        for id in ids}
         self.limits = limits
         for motor, stop in zip(self.motors.values(), stops if stops is not None else ()):
@@ -406,13 +441,15 @@ class EmulatedBus:
             os.makedirs(os.path.dirname(os.path.abspath(control)), exist_ok=True)
             if not os.path.exists(control):
                 os.mkfifo(control)
-            self.control = os.open(control, os.O_RDWR | os.O_NONBLOCK)   # RDWR: no EOF when a writer leaves
+            # RDWR: no EOF when a writer leaves
+            self.control = os.open(control, os.O_RDWR | os.O_NONBLOCK)
         self._running, self._thread = False, None
         self.plug()
 
     # ---- life
     def start(self):
-        self._running, self._thread = True, threading.Thread(target=self.run, daemon=True, name="emulated-bus")
+        self._running = True
+        self._thread = threading.Thread(target=self.run, daemon=True, name="emulated-bus")
         self._thread.start()
         return self
 
@@ -435,7 +472,8 @@ class EmulatedBus:
 
     def _call(self, function):
         """Run `function` in the bus thread, so that nothing here needs a lock."""
-        if not (self._thread and self._thread.is_alive()) or self._thread is threading.current_thread():
+        alive = self._thread and self._thread.is_alive()
+        if not alive or self._thread is threading.current_thread():
             return function()
         future = Future()
 
@@ -483,12 +521,14 @@ class EmulatedBus:
             motor.step(now)
         if any(m.driving for m in self.motors.values()):
             silence, self.stats["last_driving"] = now - self.last_packet, now
-            self.stats["longest_silent_driving"] = max(self.stats["longest_silent_driving"], silence)
+            longest = self.stats["longest_silent_driving"]
+            self.stats["longest_silent_driving"] = max(longest, silence)
 
     # ---- the wire
     def _receive(self):
         now = time.monotonic()
-        if now - self._byte_time > 0.05:              # the rest of that packet will not come any more
+        # the rest of that packet will not come any more
+        if now - self._byte_time > 0.05:
             self.buffer = b""
         self._byte_time = now
         try:
@@ -602,7 +642,8 @@ class EmulatedBus:
             return by_id.get(id, [])
 
         if instruction == PING:
-            return [(m, self._unicast(m, PING, b"", now)[0]) for m in sorted(awake, key=lambda m: m["id"])]
+            in_order = sorted(awake, key=lambda m: m["id"])
+            return [(m, self._unicast(m, PING, b"", now)[0]) for m in in_order]
         address, length = (int.from_bytes(params[i:i + 2], "little") for i in (0, 2))
         if instruction == SYNC_WRITE:
             rest = params[4:]
@@ -611,17 +652,21 @@ class EmulatedBus:
                     m.write(address, rest[i + 1:i + 1 + length])
         elif instruction == BULK_WRITE:
             while len(params) >= 5:
-                id, (address, length) = params[0], (int.from_bytes(params[i:i + 2], "little") for i in (1, 3))
+                id, address = params[0], int.from_bytes(params[1:3], "little")
+                length = int.from_bytes(params[3:5], "little")
                 for m in named(id):
                     m.write(address, params[5:5 + length])
                 params = params[5 + length:]
         elif instruction in (SYNC_READ, FAST_SYNC_READ):
-            return self._chain([(id, address, length) for id in params[4:]], named, instruction == FAST_SYNC_READ)
+            wanted = [(id, address, length) for id in params[4:]]
+            return self._chain(wanted, named, instruction == FAST_SYNC_READ)
         elif instruction in (BULK_READ, FAST_BULK_READ):
             wanted = [(params[i], int.from_bytes(params[i + 1:i + 3], "little"),
-                       int.from_bytes(params[i + 3:i + 5], "little")) for i in range(0, len(params) - 4, 5)]
+                       int.from_bytes(params[i + 3:i + 5], "little"))
+                      for i in range(0, len(params) - 4, 5)]
             return self._chain(wanted, named, instruction == FAST_BULK_READ)
-        elif not (instruction == FACTORY_RESET and params[:1] == b"\xff"):   # refused for all at once
+        # refused for all at once
+        elif not (instruction == FACTORY_RESET and params[:1] == b"\xff"):
             for m in awake:
                 self._unicast(m, instruction, params, now)
         return []
@@ -643,7 +688,8 @@ class EmulatedBus:
                     replies.append((m, total[begun:]))
                     begun = len(total)
                 else:
-                    replies.append((m, packet(id, STATUS, bytes([m.error(error)]) + (b"" if error else data))))
+                    answer = bytes([m.error(error)]) + (b"" if error else data)
+                    replies.append((m, packet(id, STATUS, answer)))
         return replies
 
     def _fault(self, kind, id=None):
@@ -661,7 +707,8 @@ class EmulatedBus:
         return data[:i] + bytes([data[i] ^ self.rng.randrange(1, 256)]) + data[i + 1:]
 
     def _reply(self, replies, request_bytes, baud, now):
-        """Put the status packets on the wire at the time they would be through, with the faults asked for."""
+        """Put the status packets on the wire at the time they would be through, with the faults
+        asked for."""
         merged = []
         for motor, data in replies:                   # two motors with one id talk at the same time
             if merged and merged[-1][0]["id"] == motor["id"]:
@@ -684,7 +731,8 @@ class EmulatedBus:
                 heapq.heappush(self.late, (due + self.delay, data))
                 continue
             out += data
-            if self.baud_timing and due - waiting_since > 1e-3:     # the adapter too hands over every 1 ms
+            # the adapter too hands over every 1 ms
+            if self.baud_timing and due - waiting_since > 1e-3:
                 self._wait(due)
                 self._send(out)
                 out, waiting_since = b"", due
@@ -699,7 +747,7 @@ class EmulatedBus:
         if data and self.master is not None:
             try:
                 os.write(self.master, data)
-            except OSError:                           # nobody reads and the buffer is full, or just unplugged
+            except OSError:             # nobody reads and the buffer is full, or just unplugged
                 self.stats["faults"]["lost"] += 1
 
     # ---- faults on demand; every one of these may be called from any thread
@@ -707,7 +755,7 @@ class EmulatedBus:
         """A new pseudo-terminal behind the same path."""
         def do():
             if self.master is None:
-                self.master, self.slave = pty.openpty()      # our own slave end: a host may come and go
+                self.master, self.slave = pty.openpty()    # our own slave end: hosts come and go
                 tty.setraw(self.slave)
                 os.set_blocking(self.master, False)
                 os.makedirs(os.path.dirname(os.path.abspath(self.path)), exist_ok=True)
@@ -717,7 +765,8 @@ class EmulatedBus:
         self._call(do)
 
     def unplug(self):
-        """The device vanishes: path gone, an open port raises. The motors keep their power and state."""
+        """The device vanishes: path gone, an open port raises. The motors keep their power and
+        state."""
         def do():
             if self.master is not None:
                 os.unlink(self.path)
@@ -728,8 +777,8 @@ class EmulatedBus:
         self._call(do)
 
     def rate(self, kind, probability):
-        """drop_request, corrupt_request: on the way to the motors. drop, corrupt, delay (by `delay` s,
-        so past the host's timeout), duplicate: status packets on the way back."""
+        """drop_request, corrupt_request: on the way to the motors. drop, corrupt, delay (by `delay`
+        s, so past the host's timeout), duplicate: status packets on the way back."""
         if kind not in self.FAULTS:
             raise ValueError(f"{kind} is none of {self.FAULTS}")
         self.rates[kind] = float(probability)
@@ -768,7 +817,8 @@ class EmulatedBus:
         self._call(do)
 
     def silence(self, id, on=True):
-        """A motor that does not answer (loose data line): it hears nothing either, and holds its goal."""
+        """A motor that does not answer (loose data line): it hears nothing either, and holds its
+        goal."""
         def do():
             self.motors[id].silent_until = math.inf if on else 0.0
             self.stats["faults"]["silence"] += bool(on)
@@ -779,7 +829,8 @@ class EmulatedBus:
         self.motors[id].joint.stuck = bool(on)
 
     def zero_offset(self, id, counts):
-        """The horn sits `counts` off (torque off): the motor reads that much more at the same joint angle."""
+        """The horn sits `counts` off (torque off): the motor reads that much more at the same joint
+        angle."""
         self.motors[id].joint.zero_offset = counts
         self.motors[id]["goal_position"] = round(self.motors[id].position())
 
@@ -793,40 +844,45 @@ class EmulatedBus:
 
     def push(self, joint, angle):
         """Somebody's hand puts a joint at `angle` (rad)."""
-        self._call(lambda: (setattr(self.joints[joint], "q", float(angle)), setattr(self.joints[joint], "w", 0.0)))
+        def do():
+            self.joints[joint].q, self.joints[joint].w = float(angle), 0.0
+        self._call(do)
 
     def angles(self):
         """True joint angles by chain position, rad."""
         return [j.q for j in self.joints]
 
     def command(self, line):
-        """One line of the control FIFO: a method or fault name and numbers; `drop 0.01` sets a rate."""
+        """One line of the control FIFO: a method or fault name and numbers; `drop 0.01` sets a
+        rate."""
         name, *words = line.split() or [""]
-        numbers = [float(w) if "." in w or "e" in w else int(w) if w.lstrip("-").isdigit() else w for w in words]
+        numbers = [float(w) if "." in w or "e" in w else int(w) if w.lstrip("-").isdigit() else w
+                   for w in words]
         try:
             if name not in self.COMMANDS:
                 raise ValueError("unknown")
             self.rate(name, *numbers) if name in self.FAULTS else getattr(self, name)(*numbers)
-        except Exception as error:                    # a typo must not end the bus in the middle of a soak test
+        except Exception as error:      # a typo must not end the bus in the middle of a soak test
             self.stats["bad_commands"].append(f"{line}: {error!r}")
 
     # ---- what was seen
     def reset_stats(self):
         self.last_packet = time.monotonic()
-        self.stats = dict(packets=0, replies=0, goal_writes=0, goals_outside_limits=0, refused_writes=0,
-                          watchdog_trips=0, longest_silent_driving=0.0, last_driving=0.0, max_step={}, faults=Counter(),
-                          bad_commands=[])
+        self.stats = dict(packets=0, replies=0, goal_writes=0, goals_outside_limits=0,
+                          refused_writes=0, watchdog_trips=0, longest_silent_driving=0.0,
+                          last_driving=0.0, max_step={}, faults=Counter(), bad_commands=[])
 
     def _seen_goal(self, motor, values, before, was_on):
-        """Book-keeping after a write to `motor`. A step counts in the counts the drive sees jump: from the goal
-        before, or at torque-on from where the shaft is."""
+        """Book-keeping after a write to `motor`. A step counts in the counts the drive sees jump:
+        from the goal before, or at torque-on from where the shaft is."""
         if "goal_position" not in values and not (motor["torque_enable"] and not was_on):
             return
         goal, id = motor["goal_position"], motor["id"]
         if "goal_position" in values:
             self.stats["goal_writes"] += 1
-            if self.limits is not None:               # the joint that would really go there, one count free
-                low, high = self.limits[next(i for i, j in enumerate(self.joints) if j is motor.joint)]
+            if self.limits is not None:   # of the joint that would really go there, one count free
+                number = next(i for i, j in enumerate(self.joints) if j is motor.joint)
+                low, high = self.limits[number]
                 outside = not low - 1 / COUNTS <= motor.angle_at(goal) <= high + 1 / COUNTS
                 self.stats["goals_outside_limits"] += outside
         if motor["torque_enable"] and motor["operating_mode"] in (3, 4, 5):
@@ -839,7 +895,8 @@ class EmulatedBus:
         return self.stats | dict(
             faults=dict(self.stats["faults"]), time=time.time(), plugged=self.master is not None,
             torque={k: m["torque_enable"] for k, m in self.motors.items()},
-            driving={k: m.driving for k, m in self.motors.items()}, any_driving=any(m.driving for m in motors),
+            driving={k: m.driving for k, m in self.motors.items()},
+            any_driving=any(m.driving for m in motors),
             last_packet_age=time.monotonic() - self.last_packet, voltage=self.voltage,
             hardware_error={k: m["hardware_error_status"] for k, m in self.motors.items()},
             position=[round(m.position()) for m in motors], angle=self.angles())
@@ -851,23 +908,27 @@ class EmulatedBus:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--link", required=True, help="path of the serial device to offer")
     parser.add_argument("--report", help="json file, rewritten every 0.2 s and at exit")
     parser.add_argument("--control", help="FIFO that takes fault commands, one a line")
-    parser.add_argument("--limits", help="json file, [[low, high], ...] rad by motor: goals outside are counted")
+    parser.add_argument(
+        "--limits", help="json file, [[low, high], ...] rad by motor: goals outside are counted")
     parser.add_argument("--stops", help="json file like --limits: mechanical stops")
     parser.add_argument("--model", type=int, default=1200, choices=sorted(MODEL_DEFAULTS))
     parser.add_argument("--baud", type=int, default=4_000_000, choices=BAUDS)
     parser.add_argument("--faulty-watchdog", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
     for kind in EmulatedBus.FAULTS:
-        parser.add_argument("--" + kind.replace("_", "-"), type=float, default=0.0, help="probability per packet")
+        parser.add_argument("--" + kind.replace("_", "-"), type=float, default=0.0,
+                            help="probability per packet")
     a = parser.parse_args()
     read = lambda path: json.load(open(path)) if path else None
-    bus = EmulatedBus(models=a.model, baud=a.baud, path=a.link, faulty_watchdog=a.faulty_watchdog, seed=a.seed,
-                      limits=read(a.limits), stops=read(a.stops), report=a.report, control=a.control,
-                      rates={kind: getattr(a, kind) for kind in EmulatedBus.FAULTS})
+    bus = EmulatedBus(
+        models=a.model, baud=a.baud, path=a.link, faulty_watchdog=a.faulty_watchdog, seed=a.seed,
+        limits=read(a.limits), stops=read(a.stops), report=a.report, control=a.control,
+        rates={kind: getattr(a, kind) for kind in EmulatedBus.FAULTS})
     for s in (signal.SIGTERM, signal.SIGINT):
         signal.signal(s, lambda *_: bus.stop())
     bus.run()

@@ -1,9 +1,11 @@
 """A night of collection in ten minutes: `python tests/soak.py --minutes 10`
 
-Runs collect.py against an emulated bus in a process of its own that loses 1 % and corrupts 0.5 % of all packets, with an
-overload every minute, the adapter unplugged every two, and every one or two minutes the collection killed (or frozen, then
-killed) and started again. Shorter runs have the same number of faults. The second half has motors with the faulty watchdog of
-firmware 51. Prints what was finished, lost and seen by the bus; exit status 1 if anything was lost, torn, outside the limits or too late.
+Runs collect.py against an emulated bus in a process of its own that loses 1 % and corrupts 0.5 % of
+all packets, with an overload every minute, the adapter unplugged every two, and every one or two
+minutes the collection killed (or frozen, then killed) and started again. Shorter runs have the same
+number of faults. The second half has motors with the faulty watchdog of firmware 51. Prints what
+was finished, lost and seen by the bus; exit status 1 if anything was lost, torn, outside the limits
+or too late.
 """
 import argparse
 import json
@@ -22,7 +24,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import hand as H
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--minutes", type=float, default=10)
 parser.add_argument("--collect", default=str(ROOT / "collect.py"), help="the script under test")
 parser.add_argument("--out", help="folder for shards and logs (default: a temporary one)")
@@ -40,10 +43,13 @@ LIMIT = 0.3                                      # s with torque on after a kill
 
 
 def start_bus(faulty):
-    process = subprocess.Popen([sys.executable, ROOT / "tests/emulated_bus.py", "--link", link, "--report", report, "--control", control,
-                                "--limits", folder / "limits.json", "--stops", folder / "limits.json", "--seed", str(args.seed + faulty),
-                                "--drop", "0.01", "--drop-request", "0.01", "--corrupt", "0.005", "--corrupt-request", "0.005",
-                                *(["--faulty-watchdog"] if faulty else [])])
+    limits = folder / "limits.json"
+    process = subprocess.Popen([
+        sys.executable, ROOT / "tests/emulated_bus.py", "--link", link, "--report", report,
+        "--control", control, "--limits", limits, "--stops", limits,
+        "--seed", str(args.seed + faulty), "--drop", "0.01", "--drop-request", "0.01",
+        "--corrupt", "0.005", "--corrupt-request", "0.005",
+        *(["--faulty-watchdog"] if faulty else [])])
     while not report.exists():
         time.sleep(0.05)
     return process
@@ -74,7 +80,7 @@ def seen_now():
     return json.loads(report.read_text())
 
 
-minute = 60 * args.minutes / 10                  # s: the schedule is of ten minutes, whatever they last
+minute = 60 * args.minutes / 10          # s: the schedule is of ten minutes, whatever they last
 seen, faults, late = Counter(), Counter(), {}
 finished, restarts, kills, died = set(), 0, 0, 0
 begin = time.monotonic()
@@ -85,7 +91,8 @@ for faulty in (False, True):
         collect = start_collect()
     start, end = time.monotonic(), begin + 5 * minute * (1 + faulty)
     # the second half has its faults at other moments than the first
-    next_overload, next_unplug, next_kill = start + 0.6 * minute, start + 1.3 * minute, start + 1.7 * minute
+    next_overload = start + 0.6 * minute
+    next_unplug, next_kill = start + 1.3 * minute, start + 1.7 * minute
     while time.monotonic() < end:
         time.sleep(0.1)
         now = time.monotonic()
@@ -121,19 +128,24 @@ for faulty in (False, True):
     half = stop_bus(bus)
     os.close(fifo)
     faults.update(half["faults"])
-    seen.update({k: half[k] for k in ("packets", "goal_writes", "goals_outside_limits", "watchdog_trips")})
+    counted = ("packets", "goal_writes", "goals_outside_limits", "watchdog_trips")
+    seen.update({name: half[name] for name in counted})
 
 there, torn = {p.name: p for p in shards.glob("[0-9]*.npz")}, []
 for name, path in there.items():
     try:
         with np.load(path) as shard:
-            assert all(np.isfinite(shard[k]).all() for k in shard.files if shard[k].dtype.kind == "f")
+            numbers = [shard[k] for k in shard.files if shard[k].dtype.kind == "f"]
+            assert all(np.isfinite(x).all() for x in numbers)
             assert len(shard["q"]) == len(shard["target"]) == len(shard["time"])
     except Exception as error:
         torn.append(f"{name}: {error!r}")
-result = {"minutes": round((time.monotonic() - begin) / 60, 2), "finished": len(there), "lost": len(finished - set(there)), "torn": torn,
-          "restarts": restarts, "crashes": died, "seconds_with_torque_after": {k: round(v, 3) for k, v in sorted(late.items())},
-          **seen, "faults": dict(faults), "folder": str(folder)}
+result = {
+    "minutes": round((time.monotonic() - begin) / 60, 2), "finished": len(there),
+    "lost": len(finished - set(there)), "torn": torn, "restarts": restarts, "crashes": died,
+    "seconds_with_torque_after": {k: round(v, 3) for k, v in sorted(late.items())},
+    **seen, "faults": dict(faults), "folder": str(folder)}
 print(json.dumps(result, indent=1))
-bad = result["lost"] or torn or died or seen["goals_outside_limits"] or not there or max(late.values(), default=9.9) > LIMIT
-sys.exit(bool(bad))
+too_late = max(late.values(), default=9.9) > LIMIT
+sys.exit(bool(result["lost"] or torn or died or seen["goals_outside_limits"] or not there
+              or too_late))

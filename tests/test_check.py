@@ -99,7 +99,7 @@ def a_tooth_off(motor, sign):
 
 
 def name(motor):
-    return H.motors([motor])
+    return H.motors(H.MOTOR_ID.index(motor))
 
 
 BROKEN = {
@@ -137,8 +137,8 @@ BROKEN = {
                                     bound=("string", "if_md", "mf_md")),
     "fingers taped together": Fault(nothing, ("moves another finger's",),
                                     bound=("tape", "mf_ds", "rf_ds")),
-    "base blocked": Fault(blocked(9, 0.1, 2.2), (f"{name(9)}: lower stop at", "blocks")),
-    "middle blocked": Fault(blocked(6, -0.5, 1.6), (f"{name(6)}: upper stop at", "blocks")),
+    "base blocked": Fault(blocked(9, 0.1, 2.2), (f"{name(9)}: stops early", "blocks")),
+    "middle blocked": Fault(blocked(6, -0.5, 1.6), (f"{name(6)}: stops early", "blocks")),
 }
 
 

@@ -96,21 +96,25 @@ def test_published_packets(id, body, published):
 
 
 def test_published_ping_over_the_wire():
-    with EmulatedBus(ids=[1], models={1: 1030}) as bus, serial.Serial(bus.path, 4_000_000, timeout=2) as port:
+    with EmulatedBus(ids=[1], models={1: 1030}) as bus, \
+            serial.Serial(bus.path, 4_000_000, timeout=2) as port:
         bus.motors[1]["firmware_version"] = 38
         port.write(bytes.fromhex("FF FF FD 00 01 03 00 01 19 4E"))
         assert port.read(14) == bytes.fromhex("FF FF FD 00 01 07 00 55 00 06 04 26 65 5D")
         port.write(bytes.fromhex("FF FF FD 00 01 03 00 01 19 4F"))           # bad CRC: error 3
         assert port.read(11) == packet(1, 0x55, [3])
-        port.write(bytes.fromhex("FF FF FD 00 01 03"))                       # half a packet, then a whole one
+        # half a packet, then a whole one
+        port.write(bytes.fromhex("FF FF FD 00 01 03"))
         time.sleep(0.1)
-        port.write(b"noise" + packet(1, 0x77))                               # no such instruction: error 2
+        # no such instruction: error 2
+        port.write(b"noise" + packet(1, 0x77))
         assert port.read(11) == packet(1, 0x55, [2])
 
 
 def test_byte_stuffing_on_the_wire(host, bus):
     assert packet(1, 3, b"\xff\xff\xfd\x01") [7:-2] == b"\x03\xff\xff\xfd\xfd\x01"
-    value = int.from_bytes(b"\xff\xff\xfd\xff", "little", signed=True)      # -131073: a legal extended position
+    # -131073: a legal extended position
+    value = int.from_bytes(b"\xff\xff\xfd\xff", "little", signed=True)
     host.put(0, "operating_mode", 4)
     assert host.put(0, "goal_position", value) == 0
     assert bus.motors[0]["goal_position"] == value
@@ -126,20 +130,23 @@ def test_ping_and_broadcast_ping(host):
 
 
 def test_read_and_write_every_size(host, bus):
-    for name, value in [("led", 1), ("position_p_gain", 600), ("profile_velocity", 12345), ("goal_velocity", -77)]:
+    for name, value in [("led", 1), ("position_p_gain", 600), ("profile_velocity", 12345),
+                        ("goal_velocity", -77)]:
         assert host.put(5, name, value) == 0
         assert host.value(5, name) == value == bus.motors[5][name]
-    assert host.value(5, "present_position") == 2048 and host.value(5, "present_input_voltage") == 50
-    data, result, error = host.readTxRx(host.port, 5, 64, 83)               # one block, unused bytes read 0
-    assert result == COMM_SUCCESS and error == 0 and len(data) == 83 and data[116 - 64] == 0x00 and data[3] == 0
+    assert host.value(5, "present_position") == 2048
+    assert host.value(5, "present_input_voltage") == 50
+    data, result, error = host.readTxRx(host.port, 5, 64, 83)    # one block, unused bytes read 0
+    assert result == COMM_SUCCESS and error == 0 and len(data) == 83
+    assert data[116 - 64] == 0x00 and data[3] == 0
 
 
 def test_defaults_of_both_models():
     with EmulatedBus(ids=[0, 1], models={0: 1200, 1: 1240}) as bus:
         host = Host(bus)
         for id, model, gain, limit in [(0, 1200, 400, 1750), (1, 1240, 1100, 2352)]:
-            assert [host.value(id, n) for n in ("model_number", "position_p_gain", "current_limit", "goal_current")] \
-                == [model, gain, limit, limit]
+            names = ("model_number", "position_p_gain", "current_limit", "goal_current")
+            assert [host.value(id, name) for name in names] == [model, gain, limit, limit]
 
 
 def test_clear_multi_turn(host, bus):
@@ -163,7 +170,8 @@ def test_sync_and_fast_sync_read(host, bus):
         group.addParam(id)
     for read in (group.txRxPacket, group.fastSyncRead):
         assert read() == COMM_SUCCESS
-        assert [group.getData(id, 132, 4) for id in (0, 3)] == [2048, 2048 + round(0.5 * 4096 / math.tau)]
+        expected = [2048, 2048 + round(0.5 * 4096 / math.tau)]
+        assert [group.getData(id, 132, 4) for id in (0, 3)] == expected
 
 
 def test_fast_sync_read_has_a_running_crc(bus):
@@ -216,15 +224,20 @@ def test_errors(host, bus):
         return host.writeTxRx(host.port, 0, address, len(data), list(data))[1]
 
     assert write(65, 2) == 4 and write(11, 2) == 4 and write(98, 200) == 4      # Data Range
-    assert write(116, 0, 8) == 5                                               # Data Length: half a goal
+    # Data Length: half a goal
+    assert write(116, 0, 8) == 5
     assert host.put(0, "current_limit", 300) == 0
     assert host.put(0, "goal_current", 350) == 6                               # Data Limit
-    assert host.put(0, "goal_position", 5000) == 6                             # one turn in position mode,
+    # one turn in position mode,
+    assert host.put(0, "goal_position", 5000) == 6
     host.put(0, "operating_mode", 5)
-    assert host.put(0, "goal_position", 5000) == 0                             # many in current-based position mode
-    assert write(132, 0, 0, 0, 0) == 7 and write(14, 1) == 7                   # Access: read only, undefined
+    # many in current-based position mode
+    assert host.put(0, "goal_position", 5000) == 0
+    # Access: read only, undefined
+    assert write(132, 0, 0, 0, 0) == 7 and write(14, 1) == 7
     assert host.readTxRx(host.port, 0, 300, 4)[2] == 7
-    assert host.value(0, "goal_current") == 300                                # mode change: goal back to the limit
+    # mode change: goal back to the limit
+    assert host.value(0, "goal_current") == 300
 
 
 def test_eeprom_is_locked_under_torque(host):
@@ -236,7 +249,8 @@ def test_eeprom_is_locked_under_torque(host):
 def test_status_return_level(host, bus):
     bus.motors[0]["status_return_level"] = 1
     assert host.value(0, "led") == 0
-    assert host.write1ByteTxRx(host.port, 0, 65, 1)[0] == COMM_RX_TIMEOUT and bus.motors[0]["led"] == 1
+    assert host.write1ByteTxRx(host.port, 0, 65, 1)[0] == COMM_RX_TIMEOUT
+    assert bus.motors[0]["led"] == 1
     bus.motors[0]["status_return_level"] = 0
     assert host.get(0, "led")[1] == COMM_RX_TIMEOUT and host.alive(0)
 
@@ -257,7 +271,8 @@ def test_duplicate_ids_collide(host, bus):
 
 def test_factory_reset(host, bus):
     host.put(4, "temperature_limit", 60)
-    assert host.factoryReset(host.port, 4, 0x02) == (COMM_SUCCESS, 0)           # all but id and baud
+    # all but id and baud
+    assert host.factoryReset(host.port, 4, 0x02) == (COMM_SUCCESS, 0)
     assert until(lambda: host.alive(4)) and host.value(4, "temperature_limit") == 70
     host.factoryReset(host.port, 4, 0xFF)
     assert not host.alive(4) and until(lambda: Host(bus, 57600).alive(1))
@@ -270,7 +285,8 @@ def test_position_moves_to_goal(host, bus):
     host.put(0, "position_p_gain", 800)
     host.put(0, "torque_enable", 1)
     host.put(0, "goal_position", 2600)
-    assert until(lambda: abs(host.value(0, "present_position") - 2600) < 12 and host.value(0, "present_velocity") == 0)     # not on its way through
+    assert until(lambda: abs(host.value(0, "present_position") - 2600) < 12
+                 and host.value(0, "present_velocity") == 0)     # not on its way through
     assert abs(bus.angles()[0] - 552 * math.tau / 4096) < 0.02
     assert bus.motors[1].position() == 2048 and bus.stats["max_step"][0] == 552
 
@@ -285,10 +301,13 @@ def test_jam_stop_sign_offset_swap(host, bus):
     for id in range(5):
         host.put(id, "position_p_gain", 800)
         host.put(id, "torque_enable", 1)
-        host.put(id, "goal_position", 2448)                                    # +0.61 rad if all were well
+        # +0.61 rad if all were well
+        host.put(id, "goal_position", 2448)
     assert until(lambda: abs(bus.angles()[5] - 0.61) < 0.03 and abs(bus.angles()[3] + 0.95) < 0.03)
-    assert bus.angles()[0] == 0 and abs(host.value(0, "present_current")) > 100     # pushes against the jam
-    assert abs(bus.angles()[1] - 0.2) < 1e-6 and abs(bus.angles()[2] + 0.61) < 0.03 and bus.angles()[4] == 0
+    assert bus.angles()[0] == 0
+    assert abs(host.value(0, "present_current")) > 100           # pushes against the jam
+    assert abs(bus.angles()[1] - 0.2) < 1e-6 and abs(bus.angles()[2] + 0.61) < 0.03
+    assert bus.angles()[4] == 0
 
 
 def test_current_limit_and_profile_velocity(host, bus):
@@ -312,7 +331,8 @@ def test_bus_watchdog(faulty):
         host = Host(bus)
         host.put(0, "bus_watchdog", 10)                                        # 200 ms
         time.sleep(0.3)
-        assert host.value(0, "bus_watchdog") == 10                             # torque off: not counting
+        # torque off: not counting
+        assert host.value(0, "bus_watchdog") == 10
         host.put(0, "torque_enable", 1)
         assert until(lambda: bus.motors[0]["bus_watchdog"] == 255)
         assert host.value(0, "bus_watchdog") == 255 and bus.stats["watchdog_trips"] == 1
@@ -343,7 +363,8 @@ def test_overload_alert_and_reboot(host, bus):
 def test_overheat_and_voltage_dip(host, bus):
     bus.overheat(1)
     assert host.get(1, "hardware_error_status") == (4, COMM_SUCCESS, 0x80)
-    bus.motors[2]["shutdown"] = 52                                             # voltage is no reason for this one
+    # voltage is no reason for this one
+    bus.motors[2]["shutdown"] = 52
     host.put(2, "torque_enable", 1)
     host.put(3, "torque_enable", 1)
     bus.dip(3.0, 0.3)
@@ -367,7 +388,8 @@ def test_dropped_and_corrupted_packets(host, bus):
     assert bus.stats["faults"] == dict(drop=1, drop_request=1, corrupt=1, corrupt_request=1)
     bus.rate("drop", 1.0)
     assert not host.alive(0)
-    for mistake in (lambda: bus.overload(99), lambda: bus.rate("drp", 1)):     # the bus survives its user
+    # the bus survives its user
+    for mistake in (lambda: bus.overload(99), lambda: bus.rate("drp", 1)):
         with pytest.raises((KeyError, ValueError)):
             mistake()
     bus.rate("drop", 0)
@@ -378,7 +400,8 @@ def test_late_and_duplicate_replies(host, bus):
     bus.delay = 0.4
     bus.inject("delay")
     assert host.get(0, "present_position")[1] == COMM_RX_TIMEOUT
-    assert until(lambda: host.port.getBytesAvailable() == 15)                  # it came after all, and is stale
+    # it came after all, and is stale
+    assert until(lambda: host.port.getBytesAvailable() == 15)
     bus.inject("duplicate")
     assert host.value(0, "present_position") == 2048
     assert until(lambda: host.port.getBytesAvailable() == 15)
@@ -386,7 +409,8 @@ def test_late_and_duplicate_replies(host, bus):
 
 @pytest.mark.parametrize("chain", [True, False])
 def test_a_silent_motor_in_a_sync_read(chain):
-    with EmulatedBus(ids=range(3), sync_chain=chain) as bus, serial.Serial(bus.path, 4_000_000, timeout=0.3) as port:
+    with EmulatedBus(ids=range(3), sync_chain=chain) as bus, \
+            serial.Serial(bus.path, 4_000_000, timeout=0.3) as port:
         bus.silence(1)
         port.write(packet(254, 0x82, bytes([65, 0, 1, 0, 0, 1, 2])))
         answers = port.read(100)
@@ -402,7 +426,8 @@ def test_unplug_and_plug(host, bus):
         host.alive(0)
     bus.plug()
     again = Host(bus)
-    assert again.alive(0) and again.value(0, "torque_enable") == 1             # the motors kept their power
+    # the motors kept their power
+    assert again.alive(0) and again.value(0, "torque_enable") == 1
 
 
 def test_timing_at_a_slow_baud():
@@ -424,8 +449,8 @@ def test_goals_outside_the_joint_limits_are_counted():
 
 def test_as_a_process(tmp_path):
     link, report, control = (tmp_path / name for name in ("ttyLEAP", "report.json", "control"))
-    process = subprocess.Popen([sys.executable, emulated_bus.__file__, "--link", link, "--report", report,
-                                "--control", control])
+    process = subprocess.Popen([sys.executable, emulated_bus.__file__, "--link", link,
+                                "--report", report, "--control", control])
     try:
         assert until(lambda: link.exists() and report.exists(), 10)
         bus = type("Bus", (), {"path": str(link)})

@@ -380,7 +380,7 @@ def test_trajectories_without_a_sequence_count_as_one_each(tmp_path):
 
 def test_a_foreign_file_is_a_problem(tmp_path):
     sim.save_npz(tmp_path / "00000.npz", q=np.zeros((sim.EPISODE, 16)), hand=H.HAND)
-    with pytest.raises(H.Problem, match="00000.npz has no port, target"):
+    with pytest.raises(H.Problem, match="00000.npz was not written by collect.py"):
         F.load_shards([tmp_path])
 
 
