@@ -377,7 +377,7 @@ class Steering:
         self.steps += 1
         if self.steps > self.end:
             self.wish = "quit"
-        while not self.wish and self.steps > self.wake and not self.heard.empty():
+        while not self.wish and self.steps >= self.wake and not self.heard.empty():
             line = self.heard.get()
             try:
                 if line is not None:
