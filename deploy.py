@@ -535,8 +535,6 @@ def live_on_a_virtual_hand(args, policy, residual, content, steering):
             H.drive(hand, act_as_told, sim.EPISODE, watch)
         if steering.wish == "quit":
             break
-    if viewer:
-        viewer.close()
     for model, part in itertools.groupby(shots, lambda shot: shot[0]):
         images += sim.frames(model, *zip(*(shot[1:] for shot in part)))
     sim.save_gif(images, args.gif)

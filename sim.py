@@ -13,12 +13,14 @@ The frame of the world is the frame of the hand: z points out of the palm, x alo
 the thumb of the right hand is at -y. The wrist does not turn the hand, it turns gravity; so a
 policy, an axis and an observation mean the same for every wrist.
 """
+import atexit
 import copy
 import ctypes.util
 import hashlib
 import json
 import os
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -1277,31 +1279,42 @@ def open_window(hand, viewer=None):
             if not window:
                 raise RuntimeError("there is no display")
             glfw.destroy_window(window)
+        before = set(threading.enumerate())
         viewer = mujoco.viewer.launch_passive(
             hand._model, hand._data, show_left_ui=False, show_right_ui=False)
     except (ImportError, RuntimeError) as error:
         hint = "; use mjpython" if sys.platform == "darwin" else ""
         print(f"no window, going on as text: {error}{hint}", file=sys.stderr)
         return None
+    atexit.register(close_window, viewer, set(threading.enumerate()) - before)
     look(viewer.cam)
     return viewer
+
+
+def close_window(viewer, threads):
+    """Not without those that draw: else the end of the script may crash them."""
+    viewer.close()
+    for thread in threads:
+        thread.join(10)
 
 
 def show(viewer, rows, target, q, arrows):
     """What the hand does, in its window: `rows` {name: text}, bars of joint targets and joints (N,)
     rad, arrows (axis, gravity)."""
     figure = mujoco.MjvFigure()
-    figure.title, figure.flg_barplot, figure.flg_legend = "rad from the grasp", 1, 1
-    for k, (name, angles) in enumerate((("base target", target), ("measured", q))):
-        figure.linename[k], figure.linepnt[k] = name, H.N
-        figure.linedata[k, 0:2 * H.N:2] = np.arange(H.N) + 0.4 * k
-        figure.linedata[k, 1:2 * H.N:2] = np.asarray(angles) - H.GRASP
+    figure.title, figure.linewidth = "target (red) and joint, rad from the grasp", 5
+    figure.range[:] = (-1, H.N), (-REACH, REACH)
+    for k, angles in enumerate((target, q)):             # a line from 0 and back for each joint
+        bars = np.outer(np.asarray(angles) - H.GRASP, (0, 1, 0))
+        figure.linepnt[k], figure.linergb[k] = bars.size, ((1, 0.3, 0.3), (0.3, 1, 0.3))[k]
+        figure.linedata[k, 0:2 * bars.size:2] = np.repeat(np.arange(H.N) + 0.35 * k, 3)
+        figure.linedata[k, 1:2 * bars.size:2] = bars.ravel()
     with viewer.lock():
         viewer.user_scn.ngeom = 0
         for arrow, rgba in zip(arrows, ((0.1, 0.4, 0.9, 1), (0.5, 0.5, 0.5, 0.5))):
             add_arrow(viewer.user_scn, arrow, rgba)
     if viewer.viewport:
-        size = viewer.viewport.width // 2, viewer.viewport.height // 4
+        size = viewer.viewport.width // 2, viewer.viewport.height // 3
         viewer.set_figures((mujoco.MjrRect(0, 0, *size), figure))
     viewer.set_texts((None, None, "\n".join(rows), "\n".join(rows.values())))
     viewer.sync()
