@@ -106,15 +106,21 @@ def networks(policy, residual):
     return load_policy(policy)[0], load_residual(residual)[0] if residual else None
 
 
+def begin(port, trial, policy, residual):
+    """The virtual hand at `port` with a trial in its fingers, its controller and its `Referee`."""
+    hand = sim.open_hand(port, wrist=trial.wrist, load=trial.obj)
+    hand.begin(trial)
+    place = hand.object_qpos()[None]
+    return (hand, Controller(policy, residual, trial.wrist, trial.axis, trial.grasp[H.N + 7:]),
+            sim.Referee([sim.AXES[trial.axis]], place[:, :3], place[:, 3:]))
+
+
 def measured_episode(job):
     """One trial on a virtual hand, in a worker process; returns what `Referee` says."""
     args, trial, corrected, index, picture = job
-    policy, residual = networks(args.policy, args.residual if corrected else None)
-    hand = sim.open_hand(args.port, wrist=trial.wrist, load=trial.obj)
-    hand.begin(trial)
-    controller = Controller(policy, residual, trial.wrist, trial.axis, trial.grasp[H.N + 7:])
-    place, pushes, film = hand.object_qpos()[None], iter(trial.pushes), []
-    referee = sim.Referee([sim.AXES[trial.axis]], place[:, :3], place[:, 3:])
+    hand, controller, referee = begin(
+        args.port, trial, *networks(args.policy, args.residual if corrected else None))
+    pushes, film = iter(trial.pushes), []
 
     def pushed(q):
         hand.push(next(pushes))
@@ -498,13 +504,9 @@ def live_on_a_virtual_hand(args, policy, residual, content, steering):
         which, steering.wish, fallen = which + (steering.wish == "object"), None, []
         obj = objects[which % len(objects)]
         trial, = sim.trials([obj], args.wrist[0], args.axis, 1, args.seed + number)
-        hand = sim.open_hand(args.port, load=obj)
+        hand, controller, referee = begin(args.port, trial, policy, residual)
         hand.realtime = watched
         hand.turn(steering.turned)
-        hand.begin(trial)
-        controller = Controller(policy, residual, trial.wrist, trial.axis, trial.grasp[H.N + 7:])
-        place = hand.object_qpos()[None]
-        referee = sim.Referee([steering.axis], place[:, :3], place[:, 3:])
         if watched and (viewer or number == 0):
             viewer = sim.open_window(hand, viewer)
 

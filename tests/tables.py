@@ -162,12 +162,8 @@ def steered(job):
     port, policy, residual, trial, words = job
     content = deploy.load_policy(policy)[1]
     policy, residual = deploy.networks(policy, residual)
-    hand = sim.open_hand(port, wrist=trial.wrist, load=trial.obj)
-    hand.begin(trial)
-    controller = deploy.Controller(policy, residual, trial.wrist, trial.axis, trial.grasp[H.N + 7:])
-    steering = deploy.Steering(content, trial.wrist, trial.axis)
-    place, before = hand.object_qpos()[None], []
-    referee = sim.Referee([steering.axis], place[:, :3], place[:, 3:])
+    hand, controller, referee = deploy.begin(port, trial, policy, residual)
+    steering, before = deploy.Steering(content, trial.wrist, trial.axis), []
 
     def act(q):
         hand.push(trial.pushes[steering.steps])
