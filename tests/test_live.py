@@ -250,12 +250,12 @@ def test_the_same_words_make_the_same_film(toy_policy, grasps, tmp_path):
 
 
 def test_without_a_display_it_goes_on_as_text_in_real_time(toy_policy, grasps):
-    process = live(toy_policy, "--seconds", 11, words="residual off\nhold\n")
+    process = live(toy_policy, "--seconds", 6, words="residual off\nhold\n")
     status, out, err = finish(process)
     assert status == 0, err
     assert err.count("no window, going on as text: there is no display") == 1
     shown = [line for line in err.splitlines() if line.startswith("time ")]
-    assert len(shown) == 2 and "time 5.0 s" in shown[0] and "time 10.0 s" in shown[1]
+    assert len(shown) == 1 and "time 5.0 s" in shown[0]
     for part in ("turned", "rad", "held", "axis +0.0 +0.0 +1.0", "wrist palm_up +0", "lag",
                  "residual off", "holds still"):
         assert part in shown[0], part
@@ -346,8 +346,7 @@ def test_keys_of_a_terminal_steer(toy_policy, grasps):
 
 @pytest.mark.parametrize("sign, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_the_terminal_is_as_before_however_it_ends(toy_policy, grasps, sign, status):
-    rng = np.random.default_rng(int(sign))
-    for delay in (None, *rng.uniform(0, 0.5, 2)):
+    for delay in (None, np.random.default_rng(int(sign)).uniform(0, 0.5)):
         with terminal(*live_arguments(toy_policy)) as (process, other, own):
             before = modes(own)
             until(other, "Keys of")              # the first thing that it says
@@ -421,6 +420,7 @@ def test_words_steer_a_real_hand(bus, tmp_path):
     assert np.abs(angles(bus) - there).max() < 0.02 and driving(bus), "it holds"
     tell("reset\n")
     wait_for(lambda: np.abs(angles(bus) - H.GRASP).max() < 0.1, process)
+    time.sleep(1.5)
     tell("quit\n")
     status, out, err = finish(process)
     assert status == 0, err
@@ -456,7 +456,7 @@ def test_keys_stop_a_real_hand_on_its_way_to_the_grasp(bus, toy_policy):
         assert not driving(bus) and modes(own) == before
 
 
-@pytest.mark.parametrize("seconds", [0.0, 0.4, 2.0, 6.0])
+@pytest.mark.parametrize("seconds", [0.0, 0.4, 6.0])
 def test_ctrl_c_at_any_moment_lets_go_and_leaves_the_terminal_as_it_was(bus, toy_policy, seconds):
     with terminal(*live_arguments(toy_policy, bus.path)) as (process, other, own):
         before = modes(own)
