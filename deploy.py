@@ -463,16 +463,18 @@ def readings(controller, steering, referee=None):
     down = sim.gravity(steering.turned)[0]
     near = {name: sim.gravity(wrist)[0] @ down for name, wrist in sim.WRISTS.items()}
     wrist = max(near, key=near.get)
+    off = np.degrees(np.arccos(min(1.0, near[wrist])))
     behind = np.abs(controller.base - controller.history[:, -1, 0].numpy()).mean()
     rows = {"time": f"{steering.steps / HZ:.1f} s"}
     if referee:
-        rows["turned"] = f"{referee.RotR[0] / HZ:+.2f} rad"
+        rows["turned"] = f"{referee.RotR[0] / HZ:.2f} rad"
         rows["held"] = f"{referee.held[0] / HZ:.1f} s"
-    rows["axis"] = " ".join(f"{x:+.1f}" for x in steering.axis)
-    rows["wrist"] = f"{wrist} {np.degrees(np.arccos(min(1.0, near[wrist]))):+.0f}"
-    rows["lag"] = f"{np.degrees(behind):.1f}"
+    if steering.holding:
+        rows["holds"] = "still"
+    rows["axis"] = " ".join(f"{round(x, 2) + 0:.2g}" for x in steering.axis)         # no -0
+    rows["wrist"] = wrist if off < 1 else f"{wrist} +{off:.0f}"
     rows["residual"] = "off" if controller.residual is None else "on"
-    rows |= {"holds": "still"} if steering.holding else {}
+    rows["lag"] = f"{np.degrees(behind):.1f} deg"
     line = " ".join(f"{name} {text}" for name, text in rows.items())
     if sys.stderr.isatty():
         say(line[:shutil.get_terminal_size().columns - 1], end="")
