@@ -1213,8 +1213,8 @@ def film(model, qpos, path, wrist="palm_up"):
 
 def frames(model, qpos, wrists, axes=None, every=2, size=(320, 320)):
     """Pictures of the configurations `qpos`, a list of (nq,), at half the control rate; none, and a
-    line that says so, without a renderer. The camera holds still in the room and the hand turns
-    with `wrists`, a list of (4,). `axes`, a list of (3,), are drawn as arrows."""
+    line that says so, without a renderer. The hand turns with `wrists`, a list of (4,), and the
+    camera looks into its palm, from above or below. `axes`, a list of (3,), are drawn as arrows."""
     from PIL import Image
     try:
         renderer = mujoco.Renderer(model, *size)
@@ -1229,6 +1229,7 @@ def frames(model, qpos, wrists, axes=None, every=2, size=(320, 320)):
         data.qpos[:] = qpos[i]
         mujoco.mj_kinematics(model, data)
         mujoco.mj_camlight(model, data)
+        camera.elevation = -CAMERA["elevation"] * gravity(wrists[i])[0, 2]
         renderer.update_scene(data, camera)
         scene.enabletransform, scene.scale = 1, 1
         scene.rotate[:] = wrists[i]                          # about what the camera looks at
@@ -1303,7 +1304,8 @@ def show(viewer, rows, target, q, arrows):
     rad, arrows (axis, gravity)."""
     figure = mujoco.MjvFigure()
     figure.title, figure.linewidth = "target (red) and joint, rad from the grasp", 5
-    figure.range[:] = (-1, H.N), (-REACH, REACH)
+    reach = (FAR - H.GRASP).max()
+    figure.range[:] = (-1, H.N), (-reach, reach)
     for k, angles in enumerate((target, q)):             # a line from 0 and back for each joint
         bars = np.outer(np.asarray(angles) - H.GRASP, (0, 1, 0))
         figure.linepnt[k], figure.linergb[k] = bars.size, ((1, 0.3, 0.3), (0.3, 1, 0.3))[k]

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import termios
 import time
+import types
 
 import numpy as np
 import pytest
@@ -159,6 +160,26 @@ def test_what_the_policy_was_not_trained_on_is_said_once(steering, capsys):
     hear(steering, "axis 0 0 1", "axis 0 1 0")
     assert capsys.readouterr().err.count("axis") == 1
     assert steering.axis.tolist() == [0, 1, 0], "and it goes on"
+
+
+def test_keys_of_a_windows_console(monkeypatch):
+    typed = iter("z\xe0H\0Kq\xe0S")
+    with monkeypatch.context() as windows:
+        windows.setitem(sys.modules, "msvcrt", types.SimpleNamespace(getwch=lambda: next(typed)))
+        windows.setattr(os, "name", "nt")
+        keys = [deploy.read_some(0, True) for _ in range(5)]
+    assert keys == ["z", "\x1b[A", "\x1b[D", "q", "\x1b[~"]
+
+
+def test_macos_is_told_to_use_mjpython(monkeypatch, capsys):
+    import mujoco.viewer                                 # as what it is, before
+    hand = sim.VirtualHand(0)
+    with monkeypatch.context() as macos:
+        macos.setattr(sys, "platform", "darwin")
+        assert sim.open_window(hand) is None
+    said = capsys.readouterr().err
+    assert said.startswith("no window, going on as text") and "use mjpython" in said
+    assert said.count("\n") == 1 and mujoco.viewer
 
 
 # -------------------------------------------------------------------------------------- controller
