@@ -1,14 +1,26 @@
-"""Stage 4: the policy, with or without the residual, on the hand at 20 Hz.
+r"""Stage 4: the policy, with or without the residual, on the hand at 20 Hz.
 
     python deploy.py --port sim:1 --wrist palm_down --episodes 3 --gif hand.gif
     python deploy.py --port sim:1 --compare --json results/sim1.json   # ceiling, base, residual
     python deploy.py --port sim:1:motor+shape --compare           # a hand that differs only there
     python deploy.py --port sim:1 --base --record data/sim1-task       # for fit_ndm.py --test
     python deploy.py --port /dev/ttyUSB0 --wrist palm_up --axis +z     # a real hand
+    python deploy.py --live             # see it, steer it, in a window or as text
+    python deploy.py --live --port /dev/ttyUSB0                   # the same keys steer a real hand
+    printf 'wait 5\naxis 0 0 -1\nwait 5\n' | python deploy.py --live --gif live.gif
+
+Keys of --live, in the terminal; standard input that is no terminal is read as words instead, one
+line each (`wait 2.5` puts off the next, `wrist 0 1 0 0` is a quaternion w x y z of the hand):
+    x X y Y z Z   axis 1 0 0 ...     turn the object about this axis of the hand; Z is -z
+    i k j l       tilt 0 15 0 ...    tilt the axis about y or x, degrees
+    arrows        turn 0 15 0 ...    turn the wrist about the hand's y or x, degrees
+    space g       hold, go           hold still, go on
+    r R           residual off, on   without the correction, with it
+    o s q         object, reset, quit    take another object, start over, let go (so does the end)
 
 reads   checkpoints/policy.pt, checkpoints/residual.pt (--base runs without it)
-writes  with --gif a film of the first episode, with --json the numbers, with --record one .npz for
-        each episode that lasted 20 s
+writes  with --gif a film of the first episode (--live: minute), with --json the numbers, with
+        --record one .npz for each episode that lasted 20 s
 
 A virtual hand is also measured: RotR = sum over steps of omega . k (RotR / 20 = radians turned),
 TTF = seconds until the object fell, RotP = mean of |omega x k|. --compare gives the same trials
@@ -18,12 +30,18 @@ recovered = (residual - base) / (ceiling - base) in RotR. `tests/tables.py --gap
 of the --json files of several hands.
 """
 import argparse
+import atexit
 import functools
+import itertools
 import json
 import multiprocessing
 import os
+import queue
+import re
+import shutil
 import signal
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -46,9 +64,11 @@ class Controller:
     business, as if the hand were the one of the simulator."""
 
     def __init__(self, policy, residual, wrist, axis, target):
-        self.policy, self.residual = policy, residual
-        self.wrist, self.axis = np.array([sim.WRISTS[wrist]]), np.array([sim.AXES[axis]])
+        self.policy, self.residual, self.holding = policy, residual, False
+        self.wrist = np.array([sim.WRISTS[wrist]], float)
+        self.axis = np.array([sim.AXES[axis]], float)
         self.base, self.history = np.array([target], float), None       # (1, N) rad
+        self.sent = self.base[0]
 
     @torch.no_grad()
     def __call__(self, q):
@@ -58,12 +78,15 @@ class Controller:
             self.history = sim.begin_history(q, self.base)
         else:
             self.history = sim.push_history(self.history, q, self.base)
+        if self.holding:
+            return self.sent
         obs = sim.observation(self.history, self.wrist, self.axis)
         before, self.base = self.base, sim.next_target(self.base, self.policy(obs).numpy())
-        if self.residual is None:
-            return self.base[0]
-        move = torch.as_tensor(self.base - before, dtype=torch.float32)
-        return (self.base + self.residual(obs, move).numpy())[0]
+        self.sent = self.base[0]
+        if self.residual is not None:
+            move = torch.as_tensor(self.base - before, dtype=torch.float32)
+            self.sent = self.sent + self.residual(obs, move).numpy()[0]
+        return self.sent
 
 
 def save_episode(args, data, wrist, load, index):
@@ -83,15 +106,21 @@ def networks(policy, residual):
     return load_policy(policy)[0], load_residual(residual)[0] if residual else None
 
 
+def begin(port, trial, policy, residual):
+    """The virtual hand at `port` with a trial in its fingers, its controller and its `Referee`."""
+    hand = sim.open_hand(port, wrist=trial.wrist, load=trial.obj)
+    hand.begin(trial)
+    place = hand.object_qpos()[None]
+    return (hand, Controller(policy, residual, trial.wrist, trial.axis, trial.grasp[H.N + 7:]),
+            sim.Referee([sim.AXES[trial.axis]], place[:, :3], place[:, 3:]))
+
+
 def measured_episode(job):
     """One trial on a virtual hand, in a worker process; returns what `Referee` says."""
     args, trial, corrected, index, picture = job
-    policy, residual = networks(args.policy, args.residual if corrected else None)
-    hand = sim.open_hand(args.port, wrist=trial.wrist, load=trial.obj)
-    hand.begin(trial)
-    controller = Controller(policy, residual, trial.wrist, trial.axis, trial.grasp[H.N + 7:])
-    place, pushes, film = hand.object_qpos()[None], iter(trial.pushes), []
-    referee = sim.Referee([sim.AXES[trial.axis]], place[:, :3], place[:, 3:])
+    hand, controller, referee = begin(
+        args.port, trial, *networks(args.policy, args.residual if corrected else None))
+    pushes, film = iter(trial.pushes), []
 
     def pushed(q):
         hand.push(next(pushes))
@@ -274,6 +303,280 @@ def on_a_real_hand(args, policy, residual):
             save_episode(args, data, wrist, "object", number - 1)
 
 
+# ------------------------------------------------------------------------------ see it, steer it
+KEYS = {
+    "x": "axis 1 0 0", "y": "axis 0 1 0", "z": "axis 0 0 1",
+    "X": "axis -1 0 0", "Y": "axis 0 -1 0", "Z": "axis 0 0 -1",
+    "i": "tilt 0 15 0", "k": "tilt 0 -15 0", "j": "tilt -15 0 0", "l": "tilt 15 0 0",
+    "\x1b[A": "turn 0 15 0", "\x1b[B": "turn 0 -15 0",       # arrows: up, down
+    "\x1b[D": "turn -15 0 0", "\x1b[C": "turn 15 0 0",       # left, right
+    " ": "hold", "g": "go", "r": "residual off", "R": "residual on",
+    "o": "object", "s": "reset", "q": "quit", "\x03": "quit",        # Ctrl-C, a key on Windows
+}
+LONGEST = 200                    # characters of a line
+TURNING = np.pi                  # rad/s, at which the wrist follows
+FAMILIAR = np.cos(np.radians(10))        # an axis or a wrist that it was so near to is known
+
+
+def vector(words, n):
+    """Words as a vector (n,). ValueError if they are none, or zero."""
+    v = np.array(words, float)
+    if v.shape != (n,) or not 1e-6 < np.abs(v).max() < 1e6:
+        raise ValueError
+    return v
+
+
+def unit(v):
+    return v / np.linalg.norm(v)
+
+
+def rotation(words):
+    """Three words, an axis times degrees, as a quaternion."""
+    v = np.radians(vector(words, 3))
+    return sim.from_axis_angle(unit(v), np.linalg.norm(v))
+
+
+class Steering:
+    """What whoever steers wants now; words change it.
+
+    axis (3,) of the hand; wrist (4,), which `turned` (4,) follows as an arm turns a hand; holding;
+    corrected, by the residual; wish: None, or "reset", "object" or "quit", which is to come."""
+
+    def __init__(self, content, wrist, axis, seconds=None, corrected=True):
+        self.axis, self.wrist = np.array(sim.AXES[axis], float), np.array(sim.WRISTS[wrist], float)
+        self.turned, self.holding, self.corrected, self.wish = self.wrist, False, corrected, None
+        self.axes = np.array([sim.AXES[name] for name in content["axes"]], float)
+        self.wrists = np.array([sim.WRISTS[name] for name in content["wrists"]], float)
+        self.downs, self.strange = sim.gravity(self.wrists), set()
+        self.heard, self.steps, self.wake = queue.Queue(1000), 0, 0
+        self.end = HZ * seconds if seconds else np.inf
+
+    def obey(self, line):
+        """Do what a line says. ValueError, and nothing has changed, if it is malformed."""
+        match line.split() if len(line) <= LONGEST else ():
+            case ["axis", *words]:
+                self.axis = unit(vector(words, 3))
+            case ["tilt", *words]:
+                self.axis = sim.rotate(rotation(words), self.axis)
+            case ["wrist", *words]:
+                self.wrist = unit(vector(words, 4))
+            case ["turn", *words]:
+                self.wrist = sim.multiply(self.wrist, rotation(words))
+            case ["hold" | "go" as word]:
+                self.holding = word == "hold"
+            case ["residual", "on" | "off" as word]:
+                self.corrected = word == "on"
+            case ["object" | "reset" | "quit" as word]:
+                self.wish = word
+            case ["wait", seconds] if 0 <= float(seconds) < 1e6:
+                self.wake = self.steps + HZ * float(seconds)
+            case _:
+                raise ValueError
+        near = {"axis": self.axes @ self.axis, "wrist": self.downs @ sim.gravity(self.wrist)[0]}
+        strange = {name for name in near if near[name].max() < FAMILIAR}
+        for name in strange - self.strange:
+            say(f"note: the policy was never trained on this {name}")
+        self.strange = strange
+
+    def listen(self):
+        """One control step: obey what has been said, until the next `wait`, and turn the wrist."""
+        self.steps += 1
+        if self.steps > self.end:
+            self.wish = "quit"
+        while not self.wish and self.steps >= self.wake and not self.heard.empty():
+            line = self.heard.get()
+            try:
+                if line is not None:
+                    self.obey(line)
+                elif self.end == np.inf:                 # whoever steered is gone
+                    self.wish = "quit"
+            except ValueError:
+                say(f"not understood: {line[:40]!r}")
+        left = sim.rotation_vector(sim.multiply(self.wrist, sim.conjugate(self.turned)))
+        angle = max(np.linalg.norm(left), 1e-9)
+        step = sim.from_axis_angle(left / angle, min(angle, TURNING / HZ))
+        self.turned = sim.multiply(step, self.turned)
+
+    def felt(self):
+        """The wrist as it is told to the policy. A hand feels which way is down, not which way is
+        north: of all wrists with this gravity the one nearest to one that was trained on."""
+        down = sim.gravity(self.turned)[0]
+        k = (self.downs @ down).argmax()
+        back = np.array([1 + self.downs[k] @ down, *np.cross(down, self.downs[k])])
+        opposite = np.abs(back).max() < 1e-6
+        return self.turned if opposite else sim.multiply(self.wrists[k], unit(back))
+
+    def steer(self, controller, residual):
+        self.listen()
+        controller.axis[0], controller.wrist[0] = self.axis, self.felt()
+        controller.residual = residual if self.corrected else None
+        controller.holding = self.holding
+
+
+def hear(heard):
+    """Put standard input into the queue `heard`: the words of a terminal's keys, or lines; None at
+    its end. For a thread: nothing else waits for both on every system."""
+    fd, rest, keys = sys.stdin.fileno(), "", sys.stdin.isatty()
+    try:
+        while text := read_some(fd, keys):
+            if keys:                                     # arrows come in two dialects
+                said = re.findall(r"\x1b\[[0-9;]*[A-Za-z~]|.", text.replace("\x1bO", "\x1b["))
+                said = [KEYS[key] for key in said if key in KEYS]
+            else:
+                *said, rest = (rest + text).split("\n")
+                rest = rest[:LONGEST + 1]
+            for line in said:
+                heard.put(line)
+    finally:                                             # or the terminal is gone
+        if rest:
+            heard.put(rest)
+        heard.put(None)
+
+
+def read_some(fd, keys):
+    """Text as it comes, "" at the end."""
+    if keys and os.name == "nt":
+        from msvcrt import getwch
+        key = getwch()
+        return f"\x1b[{dict(zip('HPKM', 'ABDC')).get(getwch(), '~')}" if key in "\0\xe0" else key
+    return os.read(fd, 4096).decode(errors="replace")
+
+
+def keys_one_by_one():
+    """The terminal gives every key at once and unseen, until this script ends."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    if os.name != "nt":
+        import termios
+        import tty
+        fd = sys.stdin.fileno()
+        atexit.register(termios.tcsetattr, fd, termios.TCSANOW, termios.tcgetattr(fd))
+        tty.setcbreak(fd, termios.TCSANOW)
+
+
+def say(text, end="\n"):
+    """A line on stderr, in place of the live one."""
+    print(f"\r{text}\x1b[K" if sys.stderr.isatty() else text, end=end, file=sys.stderr, flush=True)
+
+
+def readings(controller, steering, referee=None):
+    """What people look at, {name: text}, and the live line of it: every 5 s without a terminal."""
+    down = sim.gravity(steering.turned)[0]
+    near = {name: sim.gravity(wrist)[0] @ down for name, wrist in sim.WRISTS.items()}
+    wrist = max(near, key=near.get)
+    off = np.degrees(np.arccos(min(1.0, near[wrist])))
+    behind = np.abs(controller.base - controller.history[:, -1, 0].numpy()).mean()
+    rows = {"time": f"{steering.steps / HZ:.1f} s"}
+    if referee:
+        rows["turned"] = f"{referee.RotR[0] / HZ:.2f} rad"
+        rows["held"] = f"{referee.held[0] / HZ:.1f} s"
+    if steering.holding:
+        rows["holds"] = "still"
+    rows["axis"] = " ".join(f"{round(x, 2) + 0:.2g}" for x in steering.axis)         # no -0
+    rows["wrist"] = wrist if off < 1 else f"{wrist} +{off:.0f}"
+    rows["residual"] = "off" if controller.residual is None else "on"
+    rows["lag"] = f"{np.degrees(behind):.1f} deg"
+    line = " ".join(f"{name} {text}" for name, text in rows.items())
+    if sys.stderr.isatty():
+        say(line[:shutil.get_terminal_size().columns - 1], end="")
+    elif steering.steps % (5 * HZ) == 0:
+        say(line)
+    return rows
+
+
+def live(args, policy, residual, content):
+    """Until somebody quits: a hand that is steered, and what it does as it happens."""
+    steering = Steering(content, args.wrist[0], args.axis[0], args.seconds, not args.base)
+    if sys.stdin.isatty():
+        keys_one_by_one()
+        say(__doc__[__doc__.index("Keys of"):__doc__.index("reads ")])
+    threading.Thread(target=hear, args=(steering.heard,), daemon=True).start()
+    if args.port.startswith("sim:"):
+        live_on_a_virtual_hand(args, policy, residual, content, steering)
+    else:
+        live_on_a_real_hand(args, policy, residual, steering)
+    say("")
+
+
+def live_on_a_virtual_hand(args, policy, residual, content, steering):
+    """In real time, unless it is a film of words from a pipe."""
+    objects = sim.objects_of("+".join(args.object or content["families"]))
+    watched = sys.stdin.isatty() or not args.gif
+    which, viewer, shots, images = 0, None, [], []
+    for number in itertools.count():
+        which, steering.wish, fallen = which + (steering.wish == "object"), None, []
+        obj = objects[which % len(objects)]
+        trial, = sim.trials([obj], args.wrist[0], args.axis, 1, args.seed + number)
+        hand, controller, referee = begin(args.port, trial, policy, residual)
+        hand.realtime = watched
+        hand.turn(steering.turned)
+        if watched and (viewer or number == 0):
+            viewer = sim.open_window(hand, viewer)
+
+        def act_as_told(q):
+            steering.steer(controller, residual)
+            hand.turn(steering.turned)
+            return controller(q)
+
+        def watch(hand):
+            place = hand.object_qpos()[None]
+            referee.axis[:] = steering.axis
+            if not referee(place[:, :3], place[:, 3:])[0]:
+                fallen.append(f"{obj.name} fell after {referee.held[0] / HZ:.1f} s")
+            rows = readings(controller, steering, referee)
+            if args.gif and len(shots) < 60 * HZ:
+                shots.append((hand.model(), hand.qpos(), steering.turned, steering.axis))
+            if viewer:
+                sim.show(viewer, rows, controller.base[0], controller.history[0, -1, 0],
+                         (steering.axis, sim.gravity(steering.turned)[0]))
+            if viewer and not viewer.is_running():
+                steering.wish = "quit"
+            elif len(fallen) == HZ and not steering.wish:    # one sees it for a second
+                say(fallen[0])
+                steering.wish = "reset"
+            return steering.wish
+
+        while not steering.wish:
+            H.drive(hand, act_as_told, sim.EPISODE, watch)
+        if steering.wish == "quit":
+            break
+    for model, part in itertools.groupby(shots, lambda shot: shot[0]):
+        images += sim.frames(model, *zip(*(shot[1:] for shot in part)))
+    sim.save_gif(images, args.gif)
+
+
+def live_on_a_real_hand(args, policy, residual, steering):
+    """It goes to the grasp and holds still until somebody gives it an object and says go."""
+    def on_the_way():
+        """A tick of the move to the grasp, which `hold` and `quit` stop as well."""
+        type(hand).tick(hand)
+        steering.listen()
+        while steering.holding and steering.wish != "quit":
+            hand.command(hand.target)
+            type(hand).tick(hand)
+            steering.listen()
+        if steering.wish == "quit":
+            sys.exit()
+
+    def act_as_told(q):
+        steering.steer(controller, residual)
+        return controller(q)
+
+    def watch(hand):
+        readings(controller, steering)
+        return steering.wish
+
+    with sim.open_hand(args.port) as hand:
+        while steering.wish != "quit":
+            hand.tick, steering.holding, steering.wish = on_the_way, False, None
+            hand.move_to(H.GRASP)
+            del hand.tick
+            steering.holding, steering.wish = True, None
+            say("an object between the fingertips, then go (g)")
+            controller = Controller(policy, residual, args.wrist[0], args.axis[0], H.GRASP)
+            while not steering.wish:
+                H.drive(hand, act_as_told, sim.EPISODE, watch)
+
+
 # ------------------------------------------------------------------------------------ command line
 def arguments():
     parser = argparse.ArgumentParser(
@@ -285,6 +588,8 @@ def arguments():
     parser.add_argument("--base", action="store_true", help="run without the residual")
     parser.add_argument("--compare", action="store_true",
                         help="ceiling, base and base + residual, on a virtual hand")
+    parser.add_argument("--live", action="store_true", help="run in real time, steered")
+    parser.add_argument("--seconds", type=float, help="end of --live, whatever is said")
     parser.add_argument("--wrist", nargs="+", default=["palm_up", "palm_down"],
                         choices=sim.WRISTS)
     parser.add_argument("--axis", nargs="+", default=["+z", "-z"], choices=sim.AXES,
@@ -302,6 +607,11 @@ def arguments():
     args.wrist = list(dict.fromkeys(args.wrist))
     if args.episodes < 1 or args.workers < 1:
         raise H.Problem("--episodes and --workers must be at least 1")
+    if args.live and (args.compare or args.record or args.json):
+        raise H.Problem("--live measures and records nothing: it goes with none of --compare, "
+                        "--record and --json")
+    if args.seconds is not None and not (args.live and 0 < args.seconds < 1e6):
+        raise H.Problem("--seconds, more than 0, ends --live")
     if args.compare and (args.base or args.record):
         raise H.Problem("--compare runs with and without the residual: it goes with neither "
                         "--base nor --record")
@@ -330,8 +640,12 @@ def main():
     args = arguments()
     policy, content = load_policy(args.policy)
     residual, fitted = (None, None) if args.base else load_residual(args.residual)
+    if args.live:
+        args.wrist, args.axis = args.wrist[:1], args.axis[:1]
     note_what_differs(args, content, fitted)
-    if args.port.startswith("sim:"):
+    if args.live:
+        live(args, policy, residual, content)
+    elif args.port.startswith("sim:"):
         on_a_virtual_hand(args, policy, content)
     else:
         on_a_real_hand(args, policy, residual)

@@ -13,12 +13,14 @@ The frame of the world is the frame of the hand: z points out of the palm, x alo
 the thumb of the right hand is at -y. The wrist does not turn the hand, it turns gravity; so a
 policy, an axis and an observation mean the same for every wrist.
 """
+import atexit
 import copy
 import ctypes.util
 import hashlib
 import json
 import os
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -965,7 +967,7 @@ class VirtualHand(H.Hand):
         self._draw_motors(np.random.default_rng([seed, 2510]))
         rng = np.random.default_rng([seed, 8556])
         other_links, other_balls = _made_differently(rng), Balls.drawn(rng)
-        other_wrist = tilted(WRISTS[wrist], rng, WRIST_ERROR)
+        self._wrist_error = tilted((1, 0, 0, 0), rng, WRIST_ERROR)
         size, self._centre = 1 + rng.uniform(-0.03, 0.03), rng.uniform(-0.003, 0.003, 3)
         # of rubber and of printed links, over the object's; softness in s
         self._rubber, self._plastic = rng.uniform(0.85, 1.1), rng.uniform(0.3, 0.6)
@@ -978,10 +980,9 @@ class VirtualHand(H.Hand):
         self._model = build(
             obj, links=other_links if "shape" in self.differs else H.LINKS,
             balls=None if load != "balls" else other_balls if "box" in self.differs else Balls(),
-            wrist=other_wrist if "wrist" in self.differs else WRISTS[wrist],
             timestep=1 / (CONTROL_HZ * self.SUBSTEPS), **self._joints).compile()
         self._data = mujoco.MjData(self._model)
-        self._gravity = self._model.opt.gravity.copy()
+        self.turn(WRISTS[wrist])
         self._ipos = self._model.body("object").ipos.copy() if obj else None
         joints = [self._model.joint(joint.name) for joint in H.JOINTS]
         self._qadr = np.array([joint.qposadr[0] for joint in joints])
@@ -1050,6 +1051,13 @@ class VirtualHand(H.Hand):
         """Start a `Trial` with its object."""
         q, object_qpos = trial.grasp[:H.N], trial.grasp[H.N:H.N + 7]
         self.place(q, trial.grasp[H.N + 7:], object_qpos, trial.mass, trial.friction)
+
+    def turn(self, wrist):
+        """An arm turns the hand to the wrist (4,), slowly: nothing pulls but gravity."""
+        if "wrist" in self.differs:
+            wrist = multiply(self._wrist_error, np.asarray(wrist, float))
+        self._gravity = 9.81 * gravity(wrist)[0]
+        self._model.opt.gravity = self._gravity
 
     def push(self, velocity):
         """Change the velocity of the object by (3,) m/s, as something that bumps into it."""
@@ -1211,34 +1219,121 @@ def open_hand(port="auto", **virtual):
 CAMERA = {"lookat": (-0.01, 0.035, 0.10), "distance": 0.38, "azimuth": 150, "elevation": -25}
 
 
-def film(model, qpos, path, wrist="palm_up", every=2, size=(320, 320)):
-    """Write a GIF of the configurations `qpos`, a list of (nq,), at half the control rate. The
-    camera holds still in the room, so palm down hangs from above. Without a renderer one line says
+def film(model, qpos, path, wrist="palm_up"):
+    """Write a GIF of the configurations `qpos`, a list of (nq,). Without a renderer one line says
     so and nothing fails."""
+    save_gif(frames(model, qpos, [WRISTS[wrist]] * len(qpos)), path)
+
+
+def frames(model, qpos, wrists, axes=None, every=2, size=(320, 320)):
+    """Pictures of the configurations `qpos`, a list of (nq,), at half the control rate; none, and a
+    line that says so, without a renderer. The hand turns with `wrists`, a list of (4,), and the
+    camera looks into its palm, from above or below. `axes`, a list of (3,), are drawn as arrows."""
     from PIL import Image
     try:
         renderer = mujoco.Renderer(model, *size)
     except Exception as error:
         print(f"no film: MuJoCo cannot render here ({str(error)[:80]}); on Linux install libegl1",
               file=sys.stderr)
-        return
+        return []
     camera = mujoco.MjvCamera()
-    camera.lookat[:], camera.distance = CAMERA["lookat"], CAMERA["distance"]
-    camera.azimuth, camera.elevation = CAMERA["azimuth"], CAMERA["elevation"]
-    hangs = wrist == "palm_down"
-    if hangs:
-        camera.elevation *= -1
-    data, frames = mujoco.MjData(model), []
-    for q in qpos[::every]:
-        data.qpos[:] = q
+    look(camera)
+    data, scene, images = mujoco.MjData(model), renderer.scene, []
+    for i in range(0, len(qpos), every):
+        data.qpos[:] = qpos[i]
         mujoco.mj_kinematics(model, data)
         mujoco.mj_camlight(model, data)
+        camera.elevation = -CAMERA["elevation"] * gravity(wrists[i])[0, 2]
         renderer.update_scene(data, camera)
-        image = renderer.render()
-        frames.append(Image.fromarray(image[::-1, ::-1] if hangs else image).quantize(64))
-    with H.atomic_file(path) as file:
-        frames[0].save(file, "GIF", save_all=True, append_images=frames[1:],
-                       duration=1000 * every // CONTROL_HZ, loop=0)
+        scene.enabletransform, scene.scale = 1, 1
+        scene.rotate[:] = wrists[i]                          # about what the camera looks at
+        scene.translate[:] = camera.lookat - rotate(scene.rotate, camera.lookat)
+        if axes:
+            add_arrow(scene, axes[i], (0.1, 0.4, 0.9, 1))
+        images.append(Image.fromarray(renderer.render()).quantize(64))
+    renderer.close()
+    return images
+
+
+def look(camera):
+    camera.lookat[:], camera.distance = CAMERA["lookat"], CAMERA["distance"]
+    camera.azimuth, camera.elevation = CAMERA["azimuth"], CAMERA["elevation"]
+
+
+def add_arrow(scene, direction, rgba):
+    """Draw an arrow out of the object, 12 cm along `direction` (3,), into an MjvScene."""
+    geom, kind = scene.geoms[scene.ngeom], mujoco.mjtGeom.mjGEOM_ARROW
+    scene.ngeom += 1
+    mujoco.mjv_initGeom(geom, kind, np.zeros(3), np.zeros(3), np.eye(3).ravel(),
+                        np.array(rgba, np.float32))
+    mujoco.mjv_connector(geom, kind, 0.004, CENTRE, CENTRE + 0.12 * np.asarray(direction))
+
+
+def save_gif(images, path, every=2):
+    if images:
+        with H.atomic_file(path) as file:
+            images[0].save(file, "GIF", save_all=True, append_images=images[1:],
+                           duration=1000 * every // CONTROL_HZ, loop=0)
+
+
+def open_window(hand, viewer=None):
+    """MuJoCo's viewer on a virtual hand, or the one that is open; None, and a line that says why,
+    where there cannot be one."""
+    if viewer:
+        viewer._sim().load(hand._model, hand._data, "")      # nothing public changes the model
+        return viewer
+    try:
+        import glfw
+        import mujoco.viewer
+        if sys.platform != "darwin":         # where it fails the viewer would wait for it forever
+            glfw.ERROR_REPORTING = False
+            glfw.init()
+            glfw.window_hint(glfw.VISIBLE, False)
+            window = glfw.create_window(64, 64, "", None, None)
+            glfw.default_window_hints()
+            if not window:
+                raise RuntimeError("there is no display")
+            glfw.destroy_window(window)
+        before = set(threading.enumerate())
+        viewer = mujoco.viewer.launch_passive(
+            hand._model, hand._data, show_left_ui=False, show_right_ui=False)
+    except (ImportError, RuntimeError) as error:
+        hint = "; use mjpython" if sys.platform == "darwin" else ""
+        print(f"no window, going on as text: {error}{hint}", file=sys.stderr)
+        return None
+    atexit.register(close_window, viewer, set(threading.enumerate()) - before)
+    look(viewer.cam)
+    return viewer
+
+
+def close_window(viewer, threads):
+    """Not without those that draw: else the end of the script may crash them."""
+    viewer.close()
+    for thread in threads:
+        thread.join(10)
+
+
+def show(viewer, rows, target, q, arrows):
+    """What the hand does, in its window: `rows` {name: text}, bars of joint targets and joints (N,)
+    rad, arrows (axis, gravity)."""
+    figure = mujoco.MjvFigure()
+    figure.title, figure.linewidth = "target (red) and joint, rad from the grasp", 5
+    reach = (FAR - H.GRASP).max()
+    figure.range[:] = (-1, H.N), (-reach, reach)
+    for k, angles in enumerate((target, q)):             # a line from 0 and back for each joint
+        bars = np.outer(np.asarray(angles) - H.GRASP, (0, 1, 0))
+        figure.linepnt[k], figure.linergb[k] = bars.size, ((1, 0.3, 0.3), (0.3, 1, 0.3))[k]
+        figure.linedata[k, 0:2 * bars.size:2] = np.repeat(np.arange(H.N) + 0.35 * k, 3)
+        figure.linedata[k, 1:2 * bars.size:2] = bars.ravel()
+    with viewer.lock():
+        viewer.user_scn.ngeom = 0
+        for arrow, rgba in zip(arrows, ((0.1, 0.4, 0.9, 1), (0.5, 0.5, 0.5, 0.5))):
+            add_arrow(viewer.user_scn, arrow, rgba)
+    if viewer.viewport:
+        size = viewer.viewport.width // 2, viewer.viewport.height // 3
+        viewer.set_figures((mujoco.MjrRect(0, 0, *size), figure))
+    viewer.set_texts((None, None, "\n".join(rows), "\n".join(rows.values())))
+    viewer.sync()
 
 
 def pyplot():

@@ -2,17 +2,23 @@
 
     python tests/tables.py --errors runs/ndm*/table.json           # of fit_ndm.py: dynamics models
     python tests/tables.py --gaps results/sim*.json      # of deploy.py --compare --json
+    python tests/tables.py --steer --port sim:0          # what it costs to be steered
 
---gaps also draws bars: gap.png beside the first file.
+--gaps also draws bars: gap.png beside the first file. --steer lets the hand turn objects about +z,
+palm up, for 5 s; then axis, wrist or both change, as a person would change them with deploy.py
+--live; what counts is what it turns in the next 5 s, against the same episode without a change.
 """
 import argparse
 import json
+import multiprocessing
+import os
 import sys
 from pathlib import Path
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import deploy
 import hand as H
 import sim
 
@@ -144,13 +150,91 @@ def draw_gaps(reports, picture):
     sim.save_figure(figure, picture)
 
 
+# ------------------------------------------------------------------- --steer: on a virtual hand
+CHANGES = {"none": (), "axis": ("axis 0 0 -1",), "wrist": ("wrist 0 1 0 0",),
+           "both": ("axis 0 0 -1", "wrist 0 1 0 0")}
+BEFORE = 5 * H.CONTROL_HZ
+
+
+def steered(job):
+    """One trial, steered by `words` after 5 s, in a worker process: radians turned about the axis
+    that was wanted in the 5 s after that, s until it fell (10: never); None if it fell before."""
+    port, policy, residual, trial, words = job
+    content = deploy.load_policy(policy)[1]
+    policy, residual = deploy.networks(policy, residual)
+    hand, controller, referee = deploy.begin(port, trial, policy, residual)
+    steering, before = deploy.Steering(content, trial.wrist, trial.axis), []
+
+    def act(q):
+        hand.push(trial.pushes[steering.steps])
+        for word in words if steering.steps == BEFORE else ():
+            steering.obey(word)
+        steering.steer(controller, residual)
+        hand.turn(steering.turned)
+        return controller(q)
+
+    def watch(hand):
+        place = hand.object_qpos()[None]
+        referee.axis[:] = steering.axis
+        held = referee(place[:, :3], place[:, 3:])[0]
+        if steering.steps == BEFORE:
+            before.append(float(referee.RotR[0]))
+        return not held
+
+    H.drive(hand, act, 2 * BEFORE, watch)
+    if not before or referee.held[0] < BEFORE:
+        return None
+    return (referee.RotR[0] - before[0]) / H.CONTROL_HZ, referee.held[0] / H.CONTROL_HZ
+
+
+def steering_table(args):
+    """The lines of the table: radians turned after each change, with and without the residual."""
+    content = deploy.load_policy(args.policy)[1]
+    trials = sim.trials(sim.objects_of("+".join(content["families"])), "palm_up", ["+z"],
+                        args.episodes, args.seed)
+    kinds = {"base": None, "residual": args.residual}
+    jobs = [(args.port, args.policy, residual, trial, words) for residual in kinds.values()
+            for words in CHANGES.values() for trial in trials]
+    with multiprocessing.get_context("spawn").Pool(args.workers) as pool:
+        bar, results = sim.Progress("steer", len(jobs)), []
+        for result in pool.imap(steered, jobs):
+            results.append(result or (np.nan, np.nan))
+            bar(len(results))
+    # (residual, change, trial, rad or s)
+    results = np.array(results).reshape(len(kinds), len(CHANGES), len(trials), 2)
+    lines = [f"{args.port}, {args.episodes} episodes; +-: 95 % interval of the mean",
+             f"{'':9}{'change':<8}{'held at it':>10}{'rad in 5 s':>18}{'against none':>18}"
+             f"{'held to the end':>17}"]
+    for kind, parts in zip(kinds, results):
+        for change, part in zip(CHANGES, parts):
+            held = np.isfinite(part[:, 0])
+            if not held.any():
+                lines.append(f"{kind:<9}{change:<8}{0:>10}")
+                continue
+            mean, _, half = interval(part[held, 0])
+            lost, _, around = interval(part[held, 0] - parts[0, held, 0])
+            end = (part[held, 1] >= 2 * BEFORE / H.CONTROL_HZ).mean()
+            lines.append(f"{kind:<9}{change:<8}{held.sum():>10}{mean:>10.2f} +- {half:4.2f}"
+                         f"{lost:>10.2f} +- {around:4.2f}{100 * end:>15.0f} %")
+    return lines
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     tables = parser.add_mutually_exclusive_group(required=True)
     tables.add_argument("--errors", nargs="+", type=Path, help="table.json files of fit_ndm.py")
     tables.add_argument("--gaps", nargs="+", type=Path, help="files of deploy.py --compare --json")
+    tables.add_argument("--steer", action="store_true", help="change axis and wrist on the way")
+    parser.add_argument("--port", default="sim:0")
+    parser.add_argument("--policy", type=Path, default=Path("checkpoints/policy.pt"))
+    parser.add_argument("--residual", type=Path, default=Path("checkpoints/residual.pt"))
+    parser.add_argument("--episodes", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=os.cpu_count())
     args = parser.parse_args()
+    if args.steer:
+        print("\n".join(steering_table(args)))
     if args.errors:
         print(errors_table(args.errors))
     if args.gaps:
