@@ -279,7 +279,7 @@ def wrong_links():
                 (link.name in known, "is there twice"),
                 (not known and (link.parent or finger or j), "is the first, but not a bare palm"),
                 (known and not parent, f"hangs on {link.parent}: unknown, or later"),
-                (parent and parent.name not in above, f"is not next to what hangs on {link.parent}"),
+                (parent and parent.name not in above, f"is not next to others on {link.parent}"),
                 (its not in (None, finger), f"of finger {finger} hangs on finger {its}"),
                 (finger != its and finger in begun, f"begins finger {finger} again"),
                 (j and not finger, "has a joint, but no finger"),
@@ -297,7 +297,8 @@ def wrong_links():
                 (j and not np.linalg.norm(j.axis) > 0, "has a joint without an axis")):
             if bad:
                 yield f"link {link.name} {text}"
-        above, known[link.name] = [*above[:above.index(link.parent) + 1 if parent else 0], link.name], link
+        above = [*above[:above.index(link.parent) + 1 if parent else 0], link.name]
+        known[link.name] = link
     for what in ("name", "motor_id"):
         values = [getattr(link.joint, what) for link in LINKS if link.joint]
         if len(set(values)) < len(values):
@@ -337,11 +338,10 @@ def check_table(wrong):
 
 
 KINDS = {"capsule", "box", "sphere", "cylinder", "ellipsoid"}
-POSITIVE = ("CONTROL_HZ", "MAX_STEP", "MOVE_SPEED", "CURRENT", "SUPPLY", "COUNT", "RPM", "FULL_DUTY",
-            "KT", "RESISTANCE", "ARMATURE", "FRICTION", "REACH", "SCALE", "BALLS", "STRIBECK_SPEED")
-for name in (*POSITIVE, "HAND", "LINKS", "TIPS", "WATCH", "stages", "D_GAIN", "MODELS", "BOX", "SAG",
-             "CURRENT_LIMIT", "VOLTAGE", "RUB", "RUB_STRIBECK", "LOAD", "LOAD_STRIBECK", "VISCOUS",
-             "STRIBECK_EXPONENT", "BACKLASH", "CAMERA"):
+POSITIVE = ("CONTROL_HZ MAX_STEP MOVE_SPEED CURRENT SUPPLY COUNT RPM FULL_DUTY KT RESISTANCE "
+            "ARMATURE FRICTION REACH SCALE BALLS STRIBECK_SPEED").split()
+for name in (*POSITIVE, *("HAND LINKS TIPS WATCH stages D_GAIN MODELS BOX SAG CURRENT_LIMIT VOLTAGE "
+             "RUB RUB_STRIBECK LOAD LOAD_STRIBECK VISCOUS STRIBECK_EXPONENT BACKLASH CAMERA").split()):
     if name not in globals():
         refuse(f"it has no {name}")
 check_table(wrong_links())

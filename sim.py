@@ -419,11 +419,12 @@ def _fingertips(q):
     return data.site_xpos.copy()
 
 
-CENTRE = _fingertips(H.GRASP).mean(0)        # m: where the object sits
+_TIPS = _fingertips(H.GRASP)
+CENTRE = _TIPS.mean(0)                       # m: where the object sits
 if CENTRE[2] <= H.LINKS[0].pos[2]:
     H.refuse("z of the world does not point out of the palm: turn the first link")
-if np.any(_fingertips(H.GRASP) < H.BOX[0]) or np.any(_fingertips(H.GRASP) > H.BOX[1]):
-    H.refuse(f"fingertips at the grasp are outside of BOX {H.BOX}: {_fingertips(H.GRASP).round(3)}")
+if np.any(_TIPS < H.BOX[0]) or np.any(_TIPS > H.BOX[1]):
+    H.refuse(f"fingertips at the grasp are outside of BOX: {_TIPS.round(3).tolist()}")
 
 
 # ------------------------------------------------------------- what a policy does and what it sees
