@@ -7,8 +7,8 @@
         hand.command(target)                       # rad; within the joint limits and MAX_STEP
 
 A fork for another hand replaces the table below and, if its motors are no Dynamixels,
-`DynamixelHand`. `python hand.py --table HAND.xml` prints the links of an MJCF as such a table. The
-virtual hand is in sim.py.
+`DynamixelHand`. `python tests/mjcf.py HAND.xml` prints the links of a MuJoCo model as such a table.
+The virtual hand is in sim.py.
 """
 import argparse
 import contextlib
@@ -21,7 +21,6 @@ import select
 import signal
 import subprocess
 import sys
-import textwrap
 import threading
 import time
 from pathlib import Path
@@ -209,7 +208,6 @@ TIPS = {                         # fingertip link: centre of the tip (m) in its 
     "th_ds": (-0.0013, -0.0456, -0.0145),
 }
 
-
 # Control, and the motors: what one does, XL330, identified in "Better Actuator Models"
 # (arXiv 2410.08650); numbers, or one for each joint. duty = P gain * error in counts / FULL_DUTY.
 CONTROL_HZ = 20
@@ -259,67 +257,70 @@ def stages(here, goal):
 
 
 # ------------------------------------------------------------------------- what follows from it
-def refuse(line):
-    print(f"error: the table of hand.py: {line}", file=sys.stderr)
-    sys.exit(2)
+JOINTS = tuple(link.joint for link in LINKS if link.joint)         # the order of every (N,) array
+N = len(JOINTS)
+LOW, HIGH, GRASP, REST, P_GAIN, SIGN, ZERO = (
+    np.array([getattr(joint, field) for joint in JOINTS])
+    for field in ("low", "high", "grasp", "rest", "p_gain", "sign", "zero"))
+MOTOR_ID = [joint.motor_id for joint in JOINTS]
+SIDE, BASE = (np.array([joint.role == role for joint in JOINTS]) for role in ("side", "base"))
+FINGER = [link.finger for link in LINKS if link.joint]
+FINGERS = list(dict.fromkeys(FINGER))
+# links that meet other fingers: those that the last two joints of a finger move, never its first
+_moved, OUTER = {}, set()
+for link in LINKS:
+    _moved[link.name] = _moved.get(link.parent, 0) + (link.joint is not None)
+    if link.finger and _moved[link.name] > max(1, FINGER.count(link.finger) - 2):
+        OUTER.add(link.name)
+POSITIVE = ("CONTROL_HZ MAX_STEP MOVE_SPEED CURRENT SUPPLY COUNT RPM FULL_DUTY KT RESISTANCE "
+            "ARMATURE FRICTION STRIBECK_SPEED REACH SCALE BALLS").split()
+OTHERS = ("HAND WATCH stages D_GAIN MODELS CURRENT_LIMIT VOLTAGE SAG RUB RUB_STRIBECK LOAD "
+          "LOAD_STRIBECK VISCOUS STRIBECK_EXPONENT BACKLASH BOX CAMERA").split()
 
 
-def wrong_links():
-    """Yields a line about everything in LINKS and TIPS that would be wrong without a word."""
+def wrong_with_the_table():
+    """Yields a line about everything in it that would otherwise be wrong without a word."""
     known, above = {}, []                        # above: the last link and what it hangs on
     for link in LINKS:
         parent, finger, j = known.get(link.parent), link.finger, link.joint
         its, begun = parent and parent.finger, {other.finger for other in known.values()}
-        norms = np.linalg.norm([link.quat, link.inertia_quat], axis=1)
-        small, middle, large = sorted(link.inertia)
-        kinds = {kind for kind, *_ in link.shapes}
-        sizes = [place[1] for kind, *place in link.shapes if kind != "capsule"]
-        sizes += [half for _, half, *_ in link.boxes]
         for bad, text in (
                 (link.name in known, "is there twice"),
                 (not known and (link.parent or finger or j), "is the first, but not a bare palm"),
                 (known and not parent, f"hangs on {link.parent}: unknown, or later"),
-                (parent and parent.name not in above, f"is not next to others on {link.parent}"),
+                (parent and link.parent not in above, f"is not next to others on {link.parent}"),
                 (its not in (None, finger), f"of finger {finger} hangs on finger {its}"),
                 (finger != its and finger in begun, f"begins finger {finger} again"),
                 (j and not finger, "has a joint, but no finger"),
-                (np.abs(norms - 1).max() > 1e-3, "has a quaternion that is not of length 1"),
-                (min(small, link.mass) < (1e-14 if j else 0) or small + middle < 0.999 * large,
-                 f"cannot have mass {link.mass} and inertia {link.inertia}"),
-                (kinds - KINDS, f"has {kinds} as shapes, which may be {KINDS}"),
-                (any(min(size) <= 0 for size in sizes), "has a shape or a box without size"),
                 (link.shapes and not link.boxes, "has shapes, but no boxes for the virtual hand"),
                 (link.name in TIPS and (not link.shapes or link.shapes[-1][0] != "capsule"),
                  "is a fingertip, but its last shape is no capsule"),
                 (j and not -30 < j.low < j.high < 30, f"has no proper limits: {j}"),
                 (j and not j.low <= j.grasp <= j.high, f"has its grasp outside its limits: {j}"),
-                (j and not j.low <= j.rest <= j.high, f"has its rest outside its limits: {j}"),
-                (j and not np.linalg.norm(j.axis) > 0, "has a joint without an axis")):
+                (j and not j.low <= j.rest <= j.high, f"has its rest outside its limits: {j}")):
             if bad:
                 yield f"link {link.name} {text}"
         above = [*above[:above.index(link.parent) + 1 if parent else 0], link.name]
         known[link.name] = link
-    for what in ("name", "motor_id"):
-        values = [getattr(link.joint, what) for link in LINKS if link.joint]
-        if len(set(values)) < len(values):
-            yield f"two joints have the same {what}"
-    owners = [link.finger for link in LINKS if link.name in TIPS]
-    if sorted(owners) != sorted({link.finger for link in LINKS if link.joint}):
-        yield f"TIPS must name one link of every finger, not {list(TIPS)}"
-    if list(TIPS) != [name for name in known if name in TIPS]:
-        yield "TIPS are not in the order of LINKS, or not among them"
-
-
-def wrong_numbers():
-    """The same about the rest of the table."""
-    for name in POSITIVE:
-        value = np.asarray(globals()[name], float)
-        if value.shape not in ((), (N,)) or not ((0 < value) & (value < np.inf)).all():
-            yield f"{name} = {value} is not a positive number, or {N} of them"
+    tips = [link.name for link in LINKS if link.name in TIPS]
+    for bad, text in (
+            (len(set(MOTOR_ID)) < N, "two joints have the same motor_id"),
+            (len({joint.name for joint in JOINTS}) < N, "two joints have the same name"),
+            (sorted(known[tip].finger or "" for tip in tips) != sorted(FINGERS),
+             f"TIPS must name one link of each of the fingers {FINGERS}"),
+            (list(TIPS) != tips, f"TIPS must be of LINKS and in their order: {tips}"),
+            (len({known[name].finger for name in OUTER if known[name].shapes}) < 2,
+             "no two fingers can touch: their last two links have no shapes")):
+        if bad:
+            yield text
+    for name in (*POSITIVE, *OTHERS):
+        value = globals().get(name)
+        if value is None:
+            yield f"it has no {name}"
+        elif name in POSITIVE and not (np.all(np.greater(value, 0)) and np.size(value) in (1, N)):
+            yield f"{name} is {value}, which is not a positive number, or {N} of them"
     if np.any(CURRENT > (SUPPLY - SAG[1]) / RESISTANCE):
         yield f"{SUPPLY} V less {SAG} V cannot drive {CURRENT} A through {RESISTANCE} ohm"
-    if len({link.finger for link in LINKS if link.name in OUTER and link.shapes}) < 2:
-        yield "no two fingers can touch: their last two links have no shapes"
     if np.shape(BOX) != (2, 3) or np.any(np.subtract(*BOX) >= 0):
         yield f"BOX {BOX} is not a lower and an upper corner"
     for here, goal in ((REST, GRASP), (GRASP, REST)):
@@ -328,42 +329,17 @@ def wrong_numbers():
             yield "stages() leaves the limits, or does not end at its goal"
 
 
-def check_table(wrong):
-    try:
-        line = next(wrong, None)
-    except Exception as error:
-        line = f"it cannot be read ({error})"
-    if line:
-        refuse(line)
+def refuse(line):
+    print(f"error: the table of hand.py: {line}", file=sys.stderr)
+    sys.exit(2)
 
 
-KINDS = {"capsule", "box", "sphere", "cylinder", "ellipsoid"}
-POSITIVE = ("CONTROL_HZ MAX_STEP MOVE_SPEED CURRENT SUPPLY COUNT RPM FULL_DUTY KT RESISTANCE "
-            "ARMATURE FRICTION REACH SCALE BALLS STRIBECK_SPEED").split()
-for name in (*POSITIVE, *("HAND LINKS TIPS WATCH stages D_GAIN MODELS BOX SAG CURRENT_LIMIT VOLTAGE "
-             "RUB RUB_STRIBECK LOAD LOAD_STRIBECK VISCOUS STRIBECK_EXPONENT BACKLASH CAMERA").split()):
-    if name not in globals():
-        refuse(f"it has no {name}")
-check_table(wrong_links())
-
-JOINTS = tuple(link.joint for link in LINKS if link.joint)         # the order of every (N,) array
-N = len(JOINTS)
-LOW, HIGH, GRASP, REST, P_GAIN, SIGN, ZERO = (
-    np.array([getattr(joint, field) for joint in JOINTS])
-    for field in ("low", "high", "grasp", "rest", "p_gain", "sign", "zero"))
-MOTOR_ID = [joint.motor_id for joint in JOINTS]
-SIDE = np.array([joint.role == "side" for joint in JOINTS])
-BASE = np.array([joint.role == "base" for joint in JOINTS])
-FINGER = [link.finger for link in LINKS if link.joint]
-FINGERS = list(dict.fromkeys(FINGER))
-# names of the links that meet other fingers: those that the last two joints of a finger move, but
-# never its first alone
-_moved = {}
-for link in LINKS:
-    _moved[link.name] = _moved.get(link.parent, 0) + (link.joint is not None)
-OUTER = {link.name for link in LINKS if link.finger
-         and _moved[link.name] > max(1, FINGER.count(link.finger) - 2)}
-check_table(wrong_numbers())
+try:
+    _line = next(wrong_with_the_table(), None)
+except Exception as error:
+    _line = f"it cannot be read ({error})"
+if _line:
+    refuse(_line)
 # the motor in the textbook sense of the training simulator: torque from duty from error
 DUTY_PER_RAD = P_GAIN / COUNT / FULL_DUTY
 STIFFNESS = DUTY_PER_RAD * KT * SUPPLY / RESISTANCE                # N m / rad: 1.50, sides 1.12
@@ -1057,17 +1033,11 @@ def check(argv=None):
     parser = argparse.ArgumentParser(
         prog="hand.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--check", action="store_true", help="walk from the cable to a working hand")
-    add("--table", metavar="MJCF", help="print the links of another hand for the table")
+    add("--check", action="store_true", required=True, help="walk from the cable to a working hand")
     add("--port", default="auto", help="serial device, or auto")
     add("--yes", action="store_true", help="answer every question with yes")
     add("--calibration", default=str(CALIBRATION), help="file for the zero offsets")
     args = parser.parse_args(argv)
-    if args.table:
-        print(table_of(args.table))
-        return 0
-    if not args.check:
-        parser.error("nothing to do: --check or --table")
 
     def agree(question):
         if args.yes:
@@ -1231,64 +1201,6 @@ def save_calibration(path, offset):
     offsets = {joint.name: round(float(o), 5) for joint, o in zip(JOINTS, offset)}
     with atomic_file(path, "w") as file:
         file.write(json.dumps({"hand": HAND, "offset": offsets}, indent=1) + "\n")
-
-
-# ------------------------------------------------------------------------ another hand's links
-def table_of(path):
-    """LINKS and TIPS of an MJCF as text for the table. Meshes become the boxes that MuJoCo fits to
-    them, the last shape of a finger a capsule. Motor ids, gains, grasp and roles are to be filled
-    in; a finger has the name of its first link."""
-    import mujoco
-    try:
-        true, boxed = (mujoco.MjSpec.from_file(path) for _ in range(2))
-        for geom in boxed.geoms:
-            if geom.type == mujoco.mjtGeom.mjGEOM_MESH:
-                geom.type = mujoco.mjtGeom.mjGEOM_BOX
-        m, fitted = true.compile(), boxed.compile()      # inertias of the one, shapes of the other
-    except ValueError as error:
-        raise Problem(f"{path}: {error}")
-
-    def short(values):
-        return tuple(float(f"{x:.6g}") for x in values)
-
-    links, fingers, tips = [], [None], {}
-    for b in range(1, m.nbody):
-        j, g, name, up = m.body_jntadr[b], m.body_geomadr[b], m.body(b).name, m.body_parentid[b]
-        fingers.append(fingers[up] or (name if j >= 0 else None))
-        joint, shapes, boxes = None, [], []
-        if j >= 0:
-            if m.body_jntnum[b] > 1 or m.jnt_type[j] != 3 or np.any(m.jnt_pos[j]):
-                raise Problem(f"{path}: {name} does not turn about one axis through its frame")
-            low, high = short(m.jnt_range[j])
-            joint = Joint(m.joint(j).name, int(j), low, high, *short([(low + high) / 2]), 800, "",
-                          short(m.jnt_axis[j]), rest=min(max(0.0, low), high))
-        every = range(g, g + m.body_geomnum[b])
-        for g in [g for g in every if m.geom_contype[g] | m.geom_conaffinity[g]] or every:
-            kind = mujoco.mjtGeom(fitted.geom_type[g]).name[7:].lower()
-            pos, quat, half = fitted.geom_pos[g], fitted.geom_quat[g], fitted.geom_size[g].copy()
-            shape = kind, short(pos), short(half[half > 0]), short(quat)
-            if kind in ("sphere", "capsule", "cylinder"):
-                r, h = half[:2]
-                half[:] = r, r, h + r * (kind != "cylinder")
-            along, way = np.argmax(half), np.zeros(3)
-            r = np.delete(half, along).mean()
-            mujoco.mju_rotVecQuat(way, max(half[along] - r, 1e-3) * np.eye(3)[along], quat)
-            capsule = "capsule", short(pos - way), short(pos + way), *short([r])
-            shapes.append(capsule if kind == "capsule" else shape)
-            boxes.append((short(pos), short(half), short(quat)))
-            tips[fingers[b]] = len(links), name, short(pos), capsule
-        links.append(Link(
-            name, m.body(up).name if up else None, fingers[b],
-            short(m.body_pos[b]), short(m.body_quat[b]), *short([m.body_mass[b]]),
-            short(m.body_ipos[b]), short(m.body_iquat[b]), short(m.body_inertia[b]),
-            joint, shapes, boxes))
-    tips.pop(None, None)
-    for k, _, _, capsule in tips.values():
-        links[k].shapes[-1] = capsule
-    rows = [f"Link({', '.join(map(repr, link))})," for link in links]
-    rows = [textwrap.fill(row, 100, subsequent_indent=9 * " ") for row in rows]
-    ends = {name: pos for _, name, pos, _ in sorted(tips.values())}
-    return "\n".join(["LINKS = (", *rows, ")", f"TIPS = {ends}"])
 
 
 if __name__ == "__main__":

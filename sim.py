@@ -419,7 +419,10 @@ def _fingertips(q):
     return data.site_xpos.copy()
 
 
-_TIPS = _fingertips(H.GRASP)
+try:
+    _TIPS = _fingertips(H.GRASP)
+except Exception as error:
+    H.refuse(" ".join(f"MuJoCo cannot build it: {error}".split()))
 CENTRE = _TIPS.mean(0)                       # m: where the object sits
 if CENTRE[2] <= H.LINKS[0].pos[2]:
     H.refuse("z of the world does not point out of the palm: turn the first link")
