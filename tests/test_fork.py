@@ -415,31 +415,7 @@ BROKEN = [                     # what is appended to a good table, and what is s
 ]
 
 
-@pytest.fixture(scope="module")
-def good(tmp_path_factory):
-    return forked(tmp_path_factory.mktemp("broken") / "good", THREE)
-
-
-def refused(folder, code, *command):
-    """The one line that a table with `code` appended to it is refused with."""
-    table = (folder / "hand.py").read_text()
-    _, _, before, end, rest = re.split(SECTION, table)
-    try:
-        (folder / "hand.py").write_text(table.replace(end, f"{code}\n{end}"))
-        status, out, err = finish(start(*command, cwd=folder))
-    finally:
-        (folder / "hand.py").write_text(table)
-    assert status == 2 and out == "" and len(err.splitlines()) == 1, (status, out, err)
-    assert err.startswith("error: the table of hand.py: ")
-    return err
-
-
-@pytest.mark.parametrize("code, said", BROKEN)
-def test_a_broken_table_is_refused_in_one_line(good, code, said):
-    assert said in refused(good, code, "hand.py", "--help")
-
-
-@pytest.mark.parametrize("code, said", [
+UNFIT = [                      # the same, of what needs the model
     ("BOX = (0.2, -0.1, 0), (0.4, 0.1, 0.2)", "fingertips at the grasp are outside of BOX"),
     ("LINKS = (LINKS[0]._replace(quat=(0, 1, 0, 0)), *LINKS[1:])", "z of the world does not point"),
     (changed("a1", mass=0), "MuJoCo cannot build it: Error: mass and inertia"),
@@ -447,13 +423,33 @@ def test_a_broken_table_is_refused_in_one_line(good, code, said):
     (changed("a1", shapes=(("cone", (0, 0, 0), (1, 1, 1)),)), "MuJoCo cannot build it: 'cone'"),
     (changed("a1", boxes=(((0, 0, 0), (0.01, 0, 0.01)),)), "MuJoCo cannot build it: Error: size"),
     (joint("a1", axis=(0, 0, 0)), "MuJoCo cannot build it: Error: axis"),
-])
-def test_a_table_that_does_not_fit_its_world_is_refused(good, code, said):
-    assert said in refused(good, code, "-c", "import sim")
+]
 
 
-def test_the_good_table_is_not_refused(good):
-    status, _, err = finish(start("hand.py", "--help", cwd=good))
+@pytest.fixture(scope="module")
+def refusals(tmp_path_factory):
+    """{code: (exit status, stdout, stderr)} of a good table with `code` appended to it."""
+    folder = tmp_path_factory.mktemp("broken")
+
+    def attempt(number, code, *command):
+        copy = forked(folder / str(number), f"{THREE}{code}\n")
+        return code, finish(start(*command, cwd=copy))
+
+    jobs = [(code, "hand.py", "--help") for code, _ in BROKEN]
+    jobs += [(code, "-c", "import sim") for code, _ in UNFIT]
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        return dict(pool.map(lambda job: attempt(job[0], *job[1]), enumerate(jobs)))
+
+
+@pytest.mark.parametrize("code, said", BROKEN + UNFIT)
+def test_a_broken_table_is_refused_in_one_line(refusals, code, said):
+    status, out, err = refusals[code]
+    assert status == 2 and out == "" and len(err.splitlines()) == 1, (status, out, err)
+    assert err.startswith("error: the table of hand.py: ") and said in err
+
+
+def test_the_good_table_is_not_refused(tmp_path):
+    status, _, err = finish(start("hand.py", "--help", cwd=forked(tmp_path / "good", THREE)))
     assert (status, err) == (0, "")
 
 
