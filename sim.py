@@ -1154,7 +1154,8 @@ def _made_differently(rng):
         if link.joint:
             pos = pos + rng.uniform(-0.0005, 0.0005, 3)
             quat = multiply(quat, tilted((1, 0, 0, 0), rng, np.radians(1)))
-        links.append(link._replace(pos=tuple(pos), quat=tuple(quat), shapes=tuple(shapes), boxes=()))
+        links.append(link._replace(
+            pos=tuple(pos), quat=tuple(quat), shapes=tuple(shapes), boxes=()))
     return tuple(links)
 
 
