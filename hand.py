@@ -1064,8 +1064,7 @@ def check(argv=None):
     print_table(stops, moved, others)
     judge(stops, moved, others)
     passed("movement     every joint moves, and only that one")
-    if not args.yes and not agree(
-                f"Did {WATCH}?"):
+    if not args.yes and not agree(f"Did {WATCH}?"):
         raise Problem("joints move in the wrong order: motor ids are swapped, or a side motor is "
                       "mounted mirrored; the table of hand.py has the ids")
     passed(f"zeros        within {np.rad2deg(np.abs(stops - STOP).max()):.1f} degrees of the table")

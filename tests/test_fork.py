@@ -226,7 +226,8 @@ del sim.FAMILIES["cube"][1:]
 sample = sim._sample_grasps
 sim._sample_grasps = lambda model, name, test, progress: sample(
     model, name, test | {"count": 16}, progress)
-sim.film.__defaults__ = sim.film.__defaults__[0], 100, (64, 64)
+film = sim.film
+sim.film = lambda model, qpos, path, wrist: film(model, qpos[:8], path, wrist)
 train_policy.GRADIENT_STEPS, train_policy.evaluate.__defaults__ = 2, (4,)
 collect.BLOCK, fit_ndm.BOXES = 12, 1
 script = sys.argv.pop(1)
