@@ -9,7 +9,7 @@ reads   checkpoints/policy.pt: the joint targets that it sends in simulation are
 writes  for every wrist that the policy knows a folder data/PORT-WRIST-LOAD-SOURCE with
         sequences.npz   the target sequences, simulated once
         00000.npz ...   a trajectory (400 steps, 20 s) each, whole or not there:
-                        q, dq, target, current (400, 16: rad, rad/s, rad, A), time (400, s),
+                        q, dq, target, current (400, N: rad, rad/s, rad, A), time (400, s),
                         hand, wrist, load, source, seed, port, policy (hash),
                         index, sequence (its number in sequences.npz), sigma (rad, of the noise)
         00017.jammed    instead of one in which a joint jammed at every attempt

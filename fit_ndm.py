@@ -41,8 +41,8 @@ from collect import SIGMA
 from sim import W
 from train_policy import digest, load_network, load_policy, save_checkpoint, simulate
 
-# how many networks share the hand: 16 of one joint, 4 of a finger's joints, 1 of all
-GROUPS = {"joint": 16, "finger": 4, "whole": 1}
+# how many networks share the hand: one for each joint, for each finger, or one in all
+GROUPS = {"joint": H.N, "finger": len(H.FINGERS), "whole": 1}
 HIDDEN = {"joint": 64, "finger": 128, "whole": 256}
 HORIZON = 10           # control steps of the open-loop error: 0.5 s
 BOXES = 6              # simulated Chaos Boxes; the hand's own is none of them
@@ -53,15 +53,25 @@ ROLLOUT = 4
 
 
 # ---------------------------------------------------------------------------------- the dynamics
-class Dynamics(nn.Module):
-    """`groups` networks of 16 / groups joints each, one batched matrix product per layer.
+def members(groups):
+    """The joints (groups, most of any) of each network; a finger with fewer has its last again."""
+    of = {H.N: range(H.N), 1: [0] * H.N}.get(groups, H.FINGER)
+    rows = [[j for j in range(H.N) if of[j] == group] for group in dict.fromkeys(of)]
+    most = max(map(len, rows))
+    return torch.tensor([row + row[-1:] * (most - len(row)) for row in rows])
 
-    groups = 16 is the joint-wise model: joint i sees its own positions and targets alone."""
+
+class Dynamics(nn.Module):
+    """`groups` networks that share the joints, one batched matrix product per layer.
+
+    groups = N is the joint-wise model: joint i sees its own positions and targets alone."""
 
     def __init__(self, groups, hidden):
         super().__init__()
         self.config = {"groups": groups, "hidden": hidden}
-        joints = H.N // groups
+        self.members = members(groups)
+        joints = self.members.shape[1]
+        self.place = [self.members.flatten().tolist().index(j) for j in range(H.N)]
         sizes = [2 * W * joints, hidden, hidden, joints]
         self.weight, self.bias = nn.ParameterList(), nn.ParameterList()
         for inputs, outputs in zip(sizes, sizes[1:]):
@@ -83,12 +93,12 @@ class Dynamics(nn.Module):
     def forward(self, history):
         """Pairs (q_j, a_j), history (B, W, 2, N) rad, oldest first -> q_{t+1} (B, N) rad."""
         x = (self.inputs(history) - self.shift) / self.scale
-        x = x.reshape(len(x), self.config["groups"], -1).transpose(0, 1)   # (groups, B, inputs)
+        x = x[:, self.members].flatten(2).transpose(0, 1)    # (groups, B, inputs)
         for layer, (weight, bias) in enumerate(zip(self.weight, self.bias)):
             x = torch.baddbmm(bias, x, weight)
             if layer < 2:
                 x = torch.tanh(x)
-        moved = x.transpose(0, 1).reshape(-1, H.N) * self.step
+        moved = x.transpose(0, 1).flatten(1)[:, self.place] * self.step
         return history[:, -1, 0] + moved
 
     def fit_scale(self, history, after):
@@ -166,7 +176,7 @@ def pretrained(kind, q, a, steps, seed):
 
 # ---------------------------------------------------------------------------------- the residual
 class Residual(nn.Module):
-    """pi_res(o, a): what the policy sees (327) and by how much it moves its target (N) ->
+    """pi_res(o, a): what the policy sees and by how much it moves its target (N) ->
     correction (N) rad."""
 
     def __init__(self, hidden=256):
@@ -411,7 +421,7 @@ def _replay(balls, a, wrists, rng, report):
 # ---------------------------------------------------------------------------- tables and pictures
 def table_of(models, sets):
     """Errors of every model on every set of trajectories, mrad:
-    {set: {model: {"one": [16], "open": [16]}}}."""
+    {set: {model: {"one": [N], "open": [N]}}}."""
     table = {name: {} for name in sets}
     for name, (q, a) in sets.items():
         for kind, model in models.items():
@@ -436,8 +446,9 @@ def draw_prediction(path, f, q, a):
     guess = f(windows(q[None], a[None], every_window(q[None]))[0])
     steps = 200
     seconds = np.arange(steps) / H.CONTROL_HZ
-    figure, axes = sim.pyplot().subplots(4, 4, figsize=(15, 9), sharex=True, layout="constrained")
-    for i, axis in enumerate(axes.T.flat):
+    figure, axes = sim.pyplot().subplots(
+        4, -(-H.N // 4), figsize=(15, 9), sharex=True, layout="constrained", squeeze=False)
+    for i, axis in zip(range(H.N), axes.T.flat):
         axis.plot(seconds, a[:steps, i], color="0.75", lw=1, label="target sent")
         axis.plot(seconds, q[:steps, i], color="tab:blue", label="measured")
         axis.plot(seconds[W:], guess[:steps - W, i], color="tab:orange", ls="--", lw=1,

@@ -3,11 +3,12 @@
     python hand.py --check --port /dev/ttyUSB0     # from the cable to a working hand
 
     with sim.open_hand("auto") as hand:            # or "sim", "sim:7", "/dev/ttyUSB0"
-        q, dq, current, time = hand.read()         # rad, rad/s, A, s   (arrays: (16,))
+        q, dq, current, time = hand.read()         # rad, rad/s, A, s   (arrays: (N,))
         hand.command(target)                       # rad; within the joint limits and MAX_STEP
 
 A fork for another hand replaces the table below and, if its motors are no Dynamixels,
-`DynamixelHand`. The virtual hand is in sim.py.
+`DynamixelHand`. `python tests/mjcf.py HAND.xml` prints the links of a MuJoCo model as such a table.
+The virtual hand is in sim.py.
 """
 import argparse
 import contextlib
@@ -26,30 +27,29 @@ from typing import NamedTuple
 
 import numpy as np
 
-# ----------------------------------------------------------------------------------- the table
-# Kinematics, masses, limits and collision boxes: LEAP Hand (right) as published with its URDF and
-# its MuJoCo model. SI units, quaternions w x y z, link frames relative to the parent's. Every joint
-# turns about -z of its link; positive closes the finger.
-# `boxes` are the published collision boxes, and what objects meet. `shapes` are as wide and reach as
-# far, but few and round: fingers meet each other, the palm and balls with them in the training
-# simulator, because boxes of neighbouring fingers that pass into each other make MuJoCo 4.0.0 end
-# the process. They are capsules ("capsule", from, to, radius) and boxes ("box", centre, half
-# sizes). The last of a fingertip link is its rubber tip, for objects too. A link without boxes
-# meets objects with its shapes. The virtual hand is made of the boxes alone.
 
-
+# ------------------------------------------------------------------- what a table is made of
+# SI units, quaternions w x y z, link frames relative to the parent's; positive closes the finger.
 class Joint(NamedTuple):
     name: str
     motor_id: int
     low: float          # rad, mechanical limit
     high: float         # rad
     grasp: float        # rad, canonical grasp for rotation
-    p_gain: int         # firmware position P gain (address 84)
+    p_gain: int         # firmware position P gain
+    role: str           # "side" spreads the fingers, "base" closes a whole one; others are free
+    axis: tuple = (0, 0, -1)    # in the link's frame
+    rest: float = 0.0   # rad, where it is out of the way
+    sign: int = 1       # motor angle = zero + calibrated offset + sign * joint angle
+    zero: float = np.pi
+    curl: float = 0.0   # rad, while joints are pressed by --check, see there
+    stop: int = -1      # it is pressed against its lower stop (-1) or its upper one (+1)
 
 
 class Link(NamedTuple):
     name: str
     parent: str | None
+    finger: str | None  # None: of the palm
     pos: tuple          # m
     quat: tuple
     mass: float         # kg
@@ -58,8 +58,18 @@ class Link(NamedTuple):
     inertia: tuple      # kg m^2, principal
     joint: Joint | None
     shapes: tuple
-    boxes: tuple        # centre (m), half sizes (m) and, where it is turned, quaternion; or ()
+    boxes: tuple        # centre (m), half sizes (m) and, where it is turned, quaternion
 
+
+# ----------------------------------------------------------------------------------- the table
+# Kinematics, masses, limits and collision boxes: LEAP Hand (right) as published with its URDF and
+# its MuJoCo model.
+# `boxes` are the published collision boxes, and what objects meet. `shapes` are as wide and reach as
+# far, but few and round: fingers meet each other, the palm and balls with them in the training
+# simulator, because boxes of neighbouring fingers that pass into each other make MuJoCo 4.0.0 end
+# the process. They are capsules ("capsule", from, to, radius) and boxes ("box", centre, half
+# sizes). The last shape of a fingertip link, a capsule, is its rubber tip, for objects too, and its
+# last box is the tip's extent. The virtual hand is made of the boxes alone.
 
 # A knuckle is as wide as its fork, the part between knuckles as its motor.
 BASE_BOXES = (
@@ -122,31 +132,31 @@ def _finger(prefix, base, motor, grasp):
     bs, px, md, ds = (f"{prefix}_{part}" for part in ("bs", "px", "md", "ds"))
     mcp, rot, pip, dip = grasp
     return (
-        Link(bs, "palm", base, (0.500003, 0.5, 0.5, -0.499997),
+        Link(bs, "palm", prefix, base, (0.500003, 0.5, 0.5, -0.499997),
              0.044, (-0.022516, 0.033882, 0.016359),
              (0.388092, 0.677951, -0.247713, 0.573067), (1.74972e-05, 1.61504e-05, 7.21342e-06),
-             Joint(f"{prefix}_mcp", motor + 1, -0.314, 2.23, mcp, 800),
+             Joint(f"{prefix}_mcp", motor + 1, -0.314, 2.23, mcp, 800, "base"),
              (("capsule", (-0.027, 0.032, 0.015), (-0.027, 0.050, 0.015), 0.013),),
              BASE_BOXES),
-        Link(px, bs, (-0.0122, 0.0381, 0.0145), (0.500003, -0.5, -0.499997, 0.5),
+        Link(px, bs, prefix, (-0.0122, 0.0381, 0.0145), (0.500003, -0.5, -0.499997, 0.5),
              0.032, (0.0075, -0.0002, -0.011),
              (0, 0.707107, 0, 0.707107), (4.8853e-06, 4.3733e-06, 3.0933e-06),
-             Joint(f"{prefix}_rot", motor + 0, -1.047, 1.047, rot, 600),
+             Joint(f"{prefix}_rot", motor + 0, -1.047, 1.047, rot, 600, "side"),
              (("capsule", (0.002, 0, -0.011), (0.013, 0, -0.011), 0.012),),
              PROXIMAL_BOXES),
-        Link(md, px, (0.015, 0.0143, -0.013), (0.500003, 0.5, -0.5, 0.499997),
+        Link(md, px, prefix, (0.015, 0.0143, -0.013), (0.500003, 0.5, -0.5, 0.499997),
              0.037, (0.005422, -0.029148, 0.015),
              (0.687228, 0.687228, 0.166487, 0.166487), (8.28004e-06, 8.1598e-06, 5.39516e-06),
-             Joint(f"{prefix}_pip", motor + 2, -0.506, 1.885, pip, 800),
+             Joint(f"{prefix}_pip", motor + 2, -0.506, 1.885, pip, 800, "pip", curl=1.5, stop=1),
              (("capsule", (0, -0.0075, 0.006), (0, -0.0075, 0.024), 0.008),
               ("capsule", (-0.0055, -0.028, 0.006), (-0.0055, -0.028, 0.024), 0.004),
               ("capsule", (-0.0055, -0.042, 0.006), (-0.0055, -0.042, 0.024), 0.004),
               ("capsule", (0.0025, -0.035, 0.015), (0.0125, -0.035, 0.015), 0.012)),
              MEDIAL_BOXES),
-        Link(ds, md, (0, -0.0361, 0.0002), (1, 0, 0, 0),
+        Link(ds, md, prefix, (0, -0.0361, 0.0002), (1, 0, 0, 0),
              0.016, (-0.000879, -0.027019, 0.014594),
              (0.702905, 0.710643, -0.021294, -0.02142), (3.71863e-06, 3.02396e-06, 1.6518e-06),
-             Joint(f"{prefix}_dip", motor + 3, -0.366, 2.042, dip, 800),
+             Joint(f"{prefix}_dip", motor + 3, -0.366, 2.042, dip, 800, "dip", curl=1.2),
              (("capsule", (0, -0.0075, 0.006), (0, -0.0075, 0.023), 0.009),
               ("capsule", (-0.0008, -0.0311, 0.0146), (-0.0008, -0.0385, 0.0146), 0.0115)),
              DISTAL_BOXES),
@@ -156,7 +166,7 @@ def _finger(prefix, base, motor, grasp):
 HAND = "leap-right"              # written into every file; a file of another hand is refused
 LINKS = (
     # turned so that z of the world points out of the palm, x along the fingers
-    Link("palm", None, (0, 0, 0), (0, 1, 0, 0),
+    Link("palm", None, None, (0, 0, 0), (0, 1, 0, 0),
          0.237, (-0.049542, -0.042914, -0.010227),
          (0.565586, 0.427629, -0.574956, 0.408254), (0.000407345, 0.000304759, 0.000180736),
          None,
@@ -166,27 +176,27 @@ LINKS = (
     *_finger("if", (-0.007, 0.023, -0.0187), 0, (1.244, 0.082, 0.265, 0.298)),
     *_finger("mf", (-0.0071, -0.0224, -0.0187), 4, (1.096, 0.005, 0.080, 0.150)),
     *_finger("rf", (-0.00709, -0.0678, -0.0187), 8, (1.337, 0.029, 0.285, 0.317)),
-    Link("th_mp", "palm", (-0.0693, -0.0012, -0.0216), (0.707109, 0, 0.707105, 0),
+    Link("th_mp", "palm", "th", (-0.0693, -0.0012, -0.0216), (0.707109, 0, 0.707105, 0),
          0.032, (0.0075, -0.0002, -0.011),
          (0, 0.707107, 0, 0.707107), (4.8853e-06, 4.3733e-06, 3.0933e-06),
-         Joint("th_cmc", 12, -0.349, 2.094, 1.163, 800),
+         Joint("th_cmc", 12, -0.349, 2.094, 1.163, 800, "cmc"),
          (), THUMB_BASE_BOXES),
-    Link("th_bs", "th_mp", (0, 0.0143, -0.013), (0.500003, 0.5, -0.5, 0.499997),
+    Link("th_bs", "th_mp", "th", (0, 0.0143, -0.013), (0.500003, 0.5, -0.5, 0.499997),
          0.003, (0, 0, -0.007081),
          (0.707107, 0.707107, 0, 0), (6.1932e-07, 5.351e-07, 2.1516e-07),
-         Joint("th_axl", 13, -0.349, 2.094, 1.104, 800),
+         Joint("th_axl", 13, -0.349, 2.094, 1.104, 800, "axl"),
          (), THUMB_BRACKET_BOXES),
-    Link("th_px", "th_bs", (0, 0.0145, -0.017), (0.707109, -0.707105, 0, 0),
+    Link("th_px", "th_bs", "th", (0, 0.0145, -0.017), (0.707109, -0.707105, 0, 0),
          0.038, (-0.002059, 0.015912, -0.013733),
          (0.698518, 0.697382, -0.104933, 0.121324), (9.87104e-06, 9.32653e-06, 4.36203e-06),
-         Joint("th_mcp", 14, -0.47, 2.443, 0.953, 800),
+         Joint("th_mcp", 14, -0.47, 2.443, 0.953, 800, "mcp", curl=0.4),
          (("capsule", (0, 0.008, -0.0145), (0, 0.024, -0.0145), 0.012),
           ("capsule", (0, 0.038, -0.006), (0, 0.038, -0.022), 0.008)),
          THUMB_PROXIMAL_BOXES),
-    Link("th_ds", "th_px", (0, 0.0466, 0.0002), (1e-06, 0, 0, 1),
+    Link("th_ds", "th_px", "th", (0, 0.0466, 0.0002), (1e-06, 0, 0, 1),
          0.049, (0.000962, -0.024203, -0.014419),
          (0.35287, 0.311272, -0.632839, 0.614904), (2.08591e-05, 2.0402e-05, 4.71335e-06),
-         Joint("th_ipl", 15, -1.34, 1.88, -0.138, 800),
+         Joint("th_ipl", 15, -1.34, 1.88, -0.138, 800, "ipl", curl=1.6),
          (("capsule", (0, 0, -0.0145), (0, -0.024, -0.0145), 0.0115),
           ("capsule", (-0.0008, -0.043, -0.0144), (-0.0008, -0.0506, -0.0144), 0.0115)),
          THUMB_DISTAL_BOXES),
@@ -198,41 +208,143 @@ TIPS = {                         # fingertip link: centre of the tip (m) in its 
     "th_ds": (-0.0013, -0.0456, -0.0145),
 }
 
-# The order of every (N,) array: mcp, rot, pip, dip of each finger, then the thumb.
-JOINTS = tuple(link.joint for link in LINKS if link.joint)
-N = len(JOINTS)
-LOW = np.array([joint.low for joint in JOINTS])          # rad
-HIGH = np.array([joint.high for joint in JOINTS])
-GRASP = np.array([joint.grasp for joint in JOINTS])
-MOTOR_ID = [joint.motor_id for joint in JOINTS]
-P_GAIN = np.array([joint.p_gain for joint in JOINTS])
-D_GAIN = 200
-SIGN = np.ones(N)                # motor angle = ZERO + calibrated offset + SIGN * joint angle
-ZERO = np.full(N, np.pi)         # rad: a flat open hand reads 180 degrees on every motor
-MODELS = {1200: "XL330-M288", 1240: "XC330-M288"}
-CURRENT_LIMIT = {1200: 0.350, 1240: 0.550}       # A: the lite motors overheat above it
-SUPPLY = 5.0                     # V
-
+# Control, and the motors: what one does, XL330, identified in "Better Actuator Models"
+# (arXiv 2410.08650); numbers, or one for each joint. duty = P gain * error in counts / FULL_DUTY.
 CONTROL_HZ = 20
 MAX_STEP = 0.12                  # rad per command: far above a policy's 1/24 and its correction
 MOVE_SPEED = 1.0                 # rad/s, of slow moves to a start pose
-FINGER = [joint.name.split("_")[0] for joint in JOINTS]
-ROLE = [joint.name.split("_")[1] for joint in JOINTS]
-SIDE = np.array([role == "rot" for role in ROLE])                      # these spread the fingers
-BASE = np.array([role == "mcp" and finger != "th" for finger, role in zip(FINGER, ROLE)])
-OPEN = 0.6                       # rad, how far the fingers bend back for a move, see move_to
+D_GAIN = 200
+MODELS = {1200: "XL330-M288", 1240: "XC330-M288"}
+CURRENT_LIMIT = {1200: 0.350, 1240: 0.550}       # A: the lite motors overheat above it
+CURRENT = CURRENT_LIMIT[1200]    # A, of the simulated motor
+SUPPLY, SAG = 5.0, (0.1, 0.4)    # V, and what cables and load take of it
+VOLTAGE = 4.0, 6.0               # V, at the motors: outside, the hand lets go
+COUNT = 2 * np.pi / 4096         # rad, unit of position
+RPM = 0.229 * 2 * np.pi / 60     # rad/s, unit of velocity
+FULL_DUTY = 256 * 885
+KT = 0.366                       # N m / A
+RESISTANCE = 2.811               # ohm
+ARMATURE = 0.001808              # kg m^2
+FRICTION = 0.012                 # N m, training: base 0.005 + Stribeck 0.005 + some load
+# friction of the virtual hand's gears, see `VirtualHand`
+RUB, RUB_STRIBECK = 0.0088, 0.0047               # N m
+LOAD, LOAD_STRIBECK = 0.068, 0.0738              # N m per N m of load
+VISCOUS = 0.0046                 # N m s / rad
+STRIBECK_SPEED, STRIBECK_EXPONENT = 2.558, 0.76              # rad/s
+BACKLASH = 0.25, 0.5             # degrees, smallest and largest
 
-# What one motor does, in the textbook sense of the training simulator (XL330, identified in
-# "Better Actuator Models", arXiv 2410.08650): duty per rad of error from the firmware's P gain,
-# torque from duty.
-KT = 0.366                                       # N m / A
-RESISTANCE = 2.811                               # ohm
-ARMATURE = 0.001808                              # kg m^2
-DUTY_PER_RAD = P_GAIN * 4096 / (2 * np.pi) / (256 * 885)           # 1 / rad
+# The task and the world, of this hand's size
+REACH = 0.45                     # rad from the grasp, of a policy's targets
+SCALE = 1.0                      # objects, balls and how far an object falls, over this hand's
+BOX = (-0.12, -0.07, 0.03), (0.09, 0.145, 0.19)  # m, corners of the box of balls
+BALLS = 24
+CAMERA = {"lookat": (-0.01, 0.035, 0.10), "distance": 0.38, "azimuth": 150, "elevation": -25}
+WATCH = ("index, middle, ring and thumb move in this order, and in each finger first the "
+         "base (back), then side (towards the thumb), middle (curling), tip (stretching)")
+OPEN = 0.6                       # rad, how far the fingers bend back for a move
+
+
+def stages(here, goal):
+    """Poses (N,) by way of which the hand goes, each joint at the same time, so that fingers do not
+    meet; the last is the goal. They bend back together and stop crossing, everything moves in
+    parallel planes, then they close and spread. Of 1000 moves between random poses within 0.45 rad
+    of the grasp, fingers as wide as published touch in 0.7 %; straight 22 % (1 % below 0.2 rad)."""
+    def opened(pose):          # all by the same angle: their base axes are one line
+        back = np.clip(pose[BASE].min(), 0, OPEN)
+        return np.where(SIDE, REST, pose) - back * BASE
+
+    return [opened(here), opened(goal), goal] if np.abs(goal - here).max() >= 0.2 else [goal]
+
+
+# ------------------------------------------------------------------------- what follows from it
+JOINTS = tuple(link.joint for link in LINKS if link.joint)         # the order of every (N,) array
+N = len(JOINTS)
+LOW, HIGH, GRASP, REST, P_GAIN, SIGN, ZERO = (
+    np.array([getattr(joint, field) for joint in JOINTS])
+    for field in ("low", "high", "grasp", "rest", "p_gain", "sign", "zero"))
+MOTOR_ID = [joint.motor_id for joint in JOINTS]
+SIDE, BASE = (np.array([joint.role == role for joint in JOINTS]) for role in ("side", "base"))
+FINGER = [link.finger for link in LINKS if link.joint]
+FINGERS = list(dict.fromkeys(FINGER))
+# links that meet other fingers: those that the last two joints of a finger move, never its first
+_moved, OUTER = {}, set()
+for link in LINKS:
+    _moved[link.name] = _moved.get(link.parent, 0) + (link.joint is not None)
+    if link.finger and _moved[link.name] > max(1, FINGER.count(link.finger) - 2):
+        OUTER.add(link.name)
+POSITIVE = ("CONTROL_HZ MAX_STEP MOVE_SPEED CURRENT SUPPLY COUNT RPM FULL_DUTY KT RESISTANCE "
+            "ARMATURE FRICTION STRIBECK_SPEED REACH SCALE BALLS").split()
+OTHERS = ("HAND WATCH stages D_GAIN MODELS CURRENT_LIMIT VOLTAGE SAG RUB RUB_STRIBECK LOAD "
+          "LOAD_STRIBECK VISCOUS STRIBECK_EXPONENT BACKLASH BOX CAMERA").split()
+
+
+def wrong_with_the_table():
+    """Yields a line about everything in it that would otherwise be wrong without a word."""
+    known, above = {}, []                        # above: the last link and what it hangs on
+    for link in LINKS:
+        parent, finger, j = known.get(link.parent), link.finger, link.joint
+        its, begun = parent and parent.finger, {other.finger for other in known.values()}
+        for bad, text in (
+                (link.name in known, "is there twice"),
+                (not known and (link.parent or finger or j), "is the first, but not a bare palm"),
+                (known and not parent, f"hangs on {link.parent}: unknown, or later"),
+                (parent and link.parent not in above, f"is not next to others on {link.parent}"),
+                (its not in (None, finger), f"of finger {finger} hangs on finger {its}"),
+                (finger != its and finger in begun, f"begins finger {finger} again"),
+                (j and not finger, "has a joint, but no finger"),
+                (link.shapes and not link.boxes, "has shapes, but no boxes for the virtual hand"),
+                (link.name in TIPS and (not link.shapes or link.shapes[-1][0] != "capsule"),
+                 "is a fingertip, but its last shape is no capsule"),
+                (j and not -30 < j.low < j.high < 30, f"has no proper limits: {j}"),
+                (j and not j.low <= j.grasp <= j.high, f"has its grasp outside its limits: {j}"),
+                (j and not j.low <= j.rest <= j.high, f"has its rest outside its limits: {j}")):
+            if bad:
+                yield f"link {link.name} {text}"
+        above = [*above[:above.index(link.parent) + 1 if parent else 0], link.name]
+        known[link.name] = link
+    tips = [link.name for link in LINKS if link.name in TIPS]
+    for bad, text in (
+            (len(set(MOTOR_ID)) < N, "two joints have the same motor_id"),
+            (len({joint.name for joint in JOINTS}) < N, "two joints have the same name"),
+            (sorted(known[tip].finger or "" for tip in tips) != sorted(FINGERS),
+             f"TIPS must name one link of each of the fingers {FINGERS}"),
+            (list(TIPS) != tips, f"TIPS must be of LINKS and in their order: {tips}"),
+            (len({known[name].finger for name in OUTER if known[name].shapes}) < 2,
+             "no two fingers can touch: their last two links have no shapes")):
+        if bad:
+            yield text
+    for name in (*POSITIVE, *OTHERS):
+        value = globals().get(name)
+        if value is None:
+            yield f"it has no {name}"
+        elif name in POSITIVE and not (np.all(np.greater(value, 0)) and np.size(value) in (1, N)):
+            yield f"{name} is {value}, which is not a positive number, or {N} of them"
+    if np.any(CURRENT > (SUPPLY - SAG[1]) / RESISTANCE):
+        yield f"{SUPPLY} V less {SAG} V cannot drive {CURRENT} A through {RESISTANCE} ohm"
+    if np.shape(BOX) != (2, 3) or np.any(np.subtract(*BOX) >= 0):
+        yield f"BOX {BOX} is not a lower and an upper corner"
+    for here, goal in ((REST, GRASP), (GRASP, REST)):
+        way = np.array(stages(here, goal))
+        if way.shape[1:] != (N,) or np.any(way[-1] != goal) or np.any((way < LOW) | (way > HIGH)):
+            yield "stages() leaves the limits, or does not end at its goal"
+
+
+def refuse(line):
+    print(f"error: the table of hand.py: {line}", file=sys.stderr)
+    sys.exit(2)
+
+
+try:
+    _line = next(wrong_with_the_table(), None)
+except Exception as error:
+    _line = f"it cannot be read ({error})"
+if _line:
+    refuse(_line)
+# the motor in the textbook sense of the training simulator: torque from duty from error
+DUTY_PER_RAD = P_GAIN / COUNT / FULL_DUTY
 STIFFNESS = DUTY_PER_RAD * KT * SUPPLY / RESISTANCE                # N m / rad: 1.50, sides 1.12
 DAMPING = KT ** 2 / RESISTANCE                   # N m s / rad, back-EMF: 0.048
-FRICTION = 0.012                                 # N m: base 0.005 + Stribeck 0.005 + some load
-TORQUE = KT * CURRENT_LIMIT[1200]                # N m: 0.128
+TORQUE = KT * CURRENT                            # N m: 0.128
 
 
 # ------------------------------------------------------------------------------- the interface
@@ -281,16 +393,16 @@ def atomic_file(path, mode="wb"):
 
 
 class Reading(NamedTuple):
-    q: np.ndarray              # (16,) rad
-    dq: np.ndarray             # (16,) rad/s
-    current: np.ndarray        # (16,) A
+    q: np.ndarray              # (N,) rad
+    dq: np.ndarray             # (N,) rad/s
+    current: np.ndarray        # (N,) A
     time: float                # s, when the motors answered
 
 
 class Hand:
     """What every hand has in common: the only door through which a command passes."""
     realtime = True            # the caller keeps the time; False: a command takes one tick
-    target = None              # (16,) rad, last command; None while torque is off
+    target = None              # (N,) rad, last command; None while torque is off
 
     def __init__(self):
         self.events = []       # (time.time(), kind, text) of everything unusual
@@ -299,7 +411,7 @@ class Hand:
         raise NotImplementedError
 
     def command(self, target):
-        """Send joint targets (16,) rad, clipped to the joint limits and then to MAX_STEP from the
+        """Send joint targets (N,) rad, clipped to the joint limits and then to MAX_STEP from the
         last command (torque off: from the joints), so a joint outside comes back step by step.
 
         Returns what was sent. ValueError on NaN or a wrong shape, before anything moves."""
@@ -313,20 +425,10 @@ class Hand:
         return self.target
 
     def move_to(self, q):
-        """Go to q (16,) rad at MOVE_SPEED; returns q as read.
-
-        The fingers bend back together and stop crossing, everything moves in parallel planes,
-        then they close and spread. Of 1000 moves between random poses within 0.45 rad of the
-        grasp, fingers as wide as published touch in 0.7 %; straight 22 % (1 % below 0.2 rad)."""
+        """Go to q (N,) rad by the `stages` of the table at MOVE_SPEED; returns q as read."""
         q = np.clip(np.asarray(q, float), LOW, HIGH)
         here = self.read().q if self.target is None else self.target
-
-        def opened(pose):      # all by the same angle: their base axes are one line
-            back = np.clip(pose[BASE].min(), 0, OPEN)
-            return np.where(SIDE, 0, pose) - back * BASE
-
-        near = np.abs(q - here).max() < 0.2
-        for goal in [q] if near else [opened(here), opened(q), q]:
+        for goal in stages(here, q):
             seconds = np.abs(goal - here).max() / MOVE_SPEED
             steps = max(1, int(np.ceil(seconds * CONTROL_HZ)))
             for i in range(1, steps + 1):
@@ -367,7 +469,7 @@ class Hand:
 def drive(hand, act, steps, watch=None):
     """The control loop, `steps` times: read, command act(q), wait for the tick.
 
-    act(q (16,) rad) -> target (16,) rad; `watch(hand)`, if given, is called after each step and
+    act(q (N,) rad) -> target (N,) rad; `watch(hand)`, if given, is called after each step and
     ends the loop by returning True. Returns what was read and sent as a dict of arrays: q, dq,
     target, current (steps, 16) float32 in rad, rad/s, rad, A, and time (steps,) float64 in s."""
     rows = []
@@ -389,8 +491,6 @@ def drive(hand, act, steps, watch=None):
 # Control table, units, shutdown: ROBOTIS e-manual, XL330-M288 and XC330-M288, Protocol 2.0.
 # One definition of angles: motor angle = ZERO + calibrated offset + SIGN * joint angle.
 BAUD = 4_000_000
-COUNT = 2 * np.pi / 4096       # rad, unit of position
-RPM = 0.229 * 2 * np.pi / 60   # rad/s, unit of velocity
 EEPROM = {                     # what a motor must remember: address, bytes, value
     "return delay": (9, 1, 0), "drive mode": (10, 1, 0), "operating mode": (11, 1, 5),
     "secondary id": (12, 1, 255), "homing offset": (20, 4, 0), "temperature limit": (31, 1, 70),
@@ -410,7 +510,6 @@ ANSWER = 0.012                 # s, until an answer counts as lost; motors take 
 SILENCE = 0.15                 # s without a sign of life until the guardian acts
 WATCHDOG = 10                  # x 20 ms: the same in the motors, if their firmware heeds it
 REST_ABOVE, REST_UNTIL = 65, 55                              # C; the motors shut down at 70
-VOLTAGE = 4.0, 6.0             # V, at the motors
 SLACK = 0.2                    # rad that a joint may read outside its limits
 MAX_FAULTS = 8, 300            # stop after so many shutdowns within so many seconds
 BY_ID = "/dev/serial/by-id"
@@ -874,14 +973,10 @@ ALONE = 0.02     # rad, how far the joints of other fingers may move
 # its way: fingers are as wide as the gaps between them, so a side joint reaches its stop only when
 # its finger is bent and its neighbours are not. A pip goes to its upper stop, for on its way to the
 # lower one the links meet first.
-CURL = {"pip": 1.5, "dip": 1.2}
-THUMB_CURL = {"mcp": 0.4, "ipl": 1.6}
 BENT = 1.2       # rad, of the base joint while a side joint is pressed
-UP = ("pip",)    # these are pressed against their upper stop, all others against the lower
 
-CURLED = np.array([(THUMB_CURL if finger == "th" else CURL).get(role, 0.0)
-                   for finger, role in zip(FINGER, ROLE)])
-TOWARD = np.array([1 if role in UP else -1 for role in ROLE])     # the sign of that
+CURLED = np.clip([joint.curl for joint in JOINTS], LOW, HIGH)
+TOWARD = np.array([joint.stop for joint in JOINTS])               # upper stop +1, lower -1
 STOP = np.where(TOWARD > 0, HIGH, LOW)                            # rad
 
 
@@ -917,9 +1012,7 @@ def check(argv=None):
     print_table(stops, moved, others)
     judge(stops, moved, others)
     passed("movement     every joint moves, and only that one")
-    if not agree(
-            "Did index, middle, ring and thumb move in this order, and in each finger first the "
-            "base (back), then side (towards the thumb), middle (curling), tip (stretching)?"):
+    if not agree(f"Did {WATCH}?"):
         raise Problem("joints move in the wrong order: motor ids are swapped, or a side motor is "
                       "mounted mirrored; the table of hand.py has the ids")
     passed(f"zeros        within {np.rad2deg(np.abs(stops - STOP).max()):.1f} degrees of the table")
@@ -935,14 +1028,14 @@ def press_each(hand):
     hand.move_to(CURLED)
     for j in range(N):
         pose = CURLED.copy()
-        if ROLE[j] == "rot":
-            pose[FINGER.index(FINGER[j])] = BENT
+        if SIDE[j]:
+            pose[BASE & (np.array(FINGER) == FINGER[j])] = BENT
         ease(hand, pose)
         stops[j], travel = press(hand, j)
         moved[j] = travel[j]
         others[j] = max(travel[k] for k in range(N) if FINGER[k] != FINGER[j])
         ease(hand, pose)
-    hand.move_to(np.zeros(N))
+    hand.move_to(REST)
     return stops, moved, others
 
 

@@ -48,11 +48,10 @@ EPISODE = 400                    # control steps, 20 s
 ALPHA = 1 / 24                   # rad, the largest move of a target in one control step
 # A policy's targets stay this near the canonical grasp (rad): with the whole range it learns to
 # twist the object half a turn in one stroke and to drop it; so it has to take a new hold.
-REACH = 0.45
-NEAR = np.maximum(H.LOW, H.GRASP - REACH)
-FAR = np.minimum(H.HIGH, H.GRASP + REACH)
+NEAR = np.maximum(H.LOW, H.GRASP - H.REACH)
+FAR = np.minimum(H.HIGH, H.GRASP + H.REACH)
 W = 10                           # control steps in a history
-FALL = 0.06                      # m from where the grasp held it: further, an object has fallen
+FALL = 0.06 * H.SCALE            # m from where the grasp held it: further, an object has fallen
 IMPOSSIBLE = 200                 # rad/s or m/s: faster than this is not physics but a blow-up
 CACHE = Path(os.environ.get("DEXNDM_CACHE", Path.home() / ".cache" / "dexndm"))
 
@@ -143,13 +142,16 @@ def _object(name, kind, size):
 
 
 def box(x, y, z):
-    """A cuboid with full edge lengths x, y, z in m; z stands along the palm normal."""
+    """A cuboid with full edge lengths x, y, z in m on a hand of SCALE 1; z stands along the palm
+    normal."""
+    x, y, z = H.SCALE * np.array([x, y, z])
     name = f"box {100 * x:.2g}x{100 * y:.2g}x{100 * z:.2g} cm"
     return _object(name, "box", (x / 2, y / 2, z / 2))
 
 
 def cylinder(d, h):
-    """A standing cylinder, diameter and height in m."""
+    """A standing cylinder, diameter and height in m on a hand of SCALE 1."""
+    d, h = H.SCALE * d, H.SCALE * h
     return _object(f"cylinder {100 * d:.2g}x{100 * h:.2g} cm", "cylinder", (d / 2, h / 2))
 
 
@@ -190,10 +192,10 @@ class Balls(NamedTuple):
 
     Nobody's box is the simulated one, so the simulator draws several (`Balls.drawn`) and every
     virtual hand has one of its own."""
-    count: int = 24
-    low: tuple = (-0.12, -0.07, 0.03)        # m, corners of the box
-    high: tuple = (0.09, 0.145, 0.19)
-    radius: tuple = (0.022, 0.030)           # m, smallest and largest
+    count: int = H.BALLS
+    low: tuple = H.BOX[0]                    # m, corners of the box
+    high: tuple = H.BOX[1]
+    radius: tuple = (0.022 * H.SCALE, 0.030 * H.SCALE)       # m, smallest and largest
     mass: float = 0.008                      # kg
     softness: float = 0.01                   # s, time constant of a contact
     friction: float = 0.0                    # against fingers and balls
@@ -204,10 +206,10 @@ class Balls(NamedTuple):
     def drawn(cls, rng):
         """Another box: +-1.5 cm on every side, balls of other size, mass and softness, as many as
         leave room for the fingers (a quarter of the usual box is balls)."""
-        usual, smallest = cls(), rng.uniform(0.019, 0.025)
-        low = np.array(usual.low) + rng.uniform(-0.015, 0.015, 3)
-        high = np.array(usual.high) + rng.uniform(-0.015, 0.015, 3)
-        largest = smallest + rng.uniform(0.003, 0.010)
+        usual, smallest = cls(), H.SCALE * rng.uniform(0.019, 0.025)
+        low = np.array(usual.low) + H.SCALE * rng.uniform(-0.015, 0.015, 3)
+        high = np.array(usual.high) + H.SCALE * rng.uniform(-0.015, 0.015, 3)
+        largest = smallest + H.SCALE * rng.uniform(0.003, 0.010)
         ball = 4 / 3 * np.pi * (0.5 * (smallest + largest)) ** 3
         return cls(
             count=min(28, round(rng.uniform(0.15, 0.25) * np.prod(high - low) / ball)),
@@ -238,7 +240,8 @@ def _add_balls(spec, balls, bit, hand_bits):
     rng = np.random.default_rng(balls.seed)
     for i in range(balls.count):
         radius = rng.uniform(*balls.radius)
-        body = spec.worldbody.add_body(name=f"ball{i}", pos=rng.uniform(low + 0.03, high - 0.03))
+        inside = low + 0.03 * H.SCALE, high - 0.03 * H.SCALE
+        body = spec.worldbody.add_body(name=f"ball{i}", pos=rng.uniform(*inside))
         for axis in np.eye(3):
             body.add_joint(type=mujoco.mjtJoint.mjJNT_SLIDE, axis=axis, damping=0.3, armature=0.03)
         if balls.rolls:
@@ -268,18 +271,7 @@ PATCH = 0.005                    # m, torsional over sliding friction
 PLASTIC = 0.45                   # friction of a link over that of a tip
 # Collision bits. Links of different fingers collide from the middle link on, where they can meet.
 PALM, INNER, BALL, OBJECT, FINGER = 1, 2, 4, 8, 16          # finger f has the bit FINGER << f
-FINGERS = 15 * FINGER
-
-
-def _fingers():
-    """{link name: (finger 0..3 or -1 for the palm, whether it is one of the finger's last two)}"""
-    finger, depth, last = {H.LINKS[0].name: -1}, {}, {}
-    for link in H.LINKS[1:]:
-        root = link.parent == H.LINKS[0].name
-        finger[link.name] = max(finger.values()) + 1 if root else finger[link.parent]
-        depth[link.name] = 0 if root else depth[link.parent] + 1
-        last[finger[link.name]] = depth[link.name]
-    return {name: (f, f >= 0 and depth[name] >= last[f] - 1) for name, f in finger.items()}
+FINGERS = ((1 << len(H.FINGERS)) - 1) * FINGER
 
 
 def build(obj=None, *, links=H.LINKS, balls=None, wrist=(1, 0, 0, 0), cone="elliptic", impratio=10,
@@ -325,7 +317,7 @@ def build(obj=None, *, links=H.LINKS, balls=None, wrist=(1, 0, 0, 0), cone="elli
 
 
 def _add_hand(spec, links, backlash, stiffness, damping, joint_friction, armature, torque):
-    bodies, fingers = {None: spec.worldbody}, _fingers()
+    bodies = {None: spec.worldbody}
     for link in links:
         body = bodies[link.name] = bodies[link.parent].add_body(
             name=link.name, pos=link.pos, quat=link.quat, mass=link.mass, ipos=link.com,
@@ -333,7 +325,7 @@ def _add_hand(spec, links, backlash, stiffness, damping, joint_friction, armatur
         if link.joint:
             i, name = H.JOINTS.index(link.joint), link.joint.name
             body.add_joint(
-                name=name, axis=(0, 0, -1), range=(link.joint.low, link.joint.high), limited=1,
+                name=name, axis=link.joint.axis, range=(link.joint.low, link.joint.high), limited=1,
                 armature=armature[i], frictionloss=joint_friction[i],
                 damping=0 if backlash is None else damping[i])
             if backlash is None:
@@ -343,16 +335,17 @@ def _add_hand(spec, links, backlash, stiffness, damping, joint_friction, armatur
                 motor.set_to_position(kp=stiffness[i], kv=damping[i])
             else:                           # light, hardly damped: it rattles between the teeth
                 body.add_joint(
-                    name=f"{name}_play", axis=(0, 0, -1), limited=1, damping=0.001, armature=1e-5,
-                    range=(-backlash[i] / 2, backlash[i] / 2))
+                    name=f"{name}_play", axis=link.joint.axis, limited=1, damping=0.001,
+                    armature=1e-5, range=(-backlash[i] / 2, backlash[i] / 2))
         if link.name in H.TIPS:
             body.add_site(name=link.name, pos=H.TIPS[link.name], group=5)
             spec.add_sensor(
                 name=f"{link.name}_pos", type=mujoco.mjtSensor.mjSENS_FRAMEPOS,
                 objtype=mujoco.mjtObj.mjOBJ_SITE, objname=link.name)
-        finger, outer = fingers[link.name]
-        bit = PALM if finger < 0 else FINGER << finger if outer else INNER
-        others = FINGERS if finger < 0 else FINGERS & ~bit if outer else 0
+        bit = PALM if not link.finger else INNER
+        if link.name in H.OUTER:
+            bit = FINGER << H.FINGERS.index(link.finger)
+        others = 0 if bit == INNER else FINGERS & ~bit
         for k, shape in enumerate(link.shapes):
             is_tip = link.name in H.TIPS and k == len(link.shapes) - 1
             meets = OBJECT if is_tip or not link.boxes else 0
@@ -420,7 +413,7 @@ def hand_geoms(model):
 
 
 def _fingertips(q):
-    """Fingertips (4, 3) m at joint positions q (N,) of the table's hand."""
+    """Fingertips (tips, 3) m at joint positions q (N,) of the table's hand."""
     model = build().compile()
     data = mujoco.MjData(model)
     data.qpos[:] = q
@@ -428,7 +421,15 @@ def _fingertips(q):
     return data.site_xpos.copy()
 
 
-CENTRE = _fingertips(H.GRASP).mean(0)        # m: where the object sits
+try:
+    _TIPS = _fingertips(H.GRASP)
+except Exception as error:
+    H.refuse(" ".join(f"MuJoCo cannot build it: {error}".split()))
+CENTRE = _TIPS.mean(0)                       # m: where the object sits
+if CENTRE[2] <= H.LINKS[0].pos[2]:
+    H.refuse("z of the world does not point out of the palm: turn the first link")
+if np.any(_TIPS < H.BOX[0]) or np.any(_TIPS > H.BOX[1]):
+    H.refuse(f"fingertips at the grasp are outside of BOX: {_TIPS.round(3).tolist()}")
 
 
 # ------------------------------------------------------------- what a policy does and what it sees
@@ -559,7 +560,7 @@ class Rotation:
     After `step` these describe the control step just made (float64 arrays over environments):
         q, dq (n, N)   measured (n, N): late, with noise and encoder zero   target (n, N)
         pos (n, 3)   quat (n, 4)   vel (n, 6: linear, angular)   omega (n, 3) rad/s
-        tips (n, 4, 3)   tip_vel (n, 4, 3)   contact (n, 4, 4: found, force xyz N)
+        tips, tip_vel (n, tips, 3)   contact (n, tips, 4: found, force xyz N)
         fallen (n,) bool   steps (n,)
     """
     VARIANTS = 128               # differently shaped hands; an environment keeps its own
@@ -602,8 +603,8 @@ class Rotation:
         self.home, self.omega, self.axis = (np.zeros((n, 3)) for _ in range(3))
         self.wrist, self.which_wrist = np.zeros((n, 4)), np.zeros(n, int)
         self.mass, self.friction, self.g = np.zeros(n), np.zeros(n), np.zeros(n)
-        self.tips, self.tip_vel = np.zeros((n, 4, 3)), np.zeros((n, 4, 3))
-        self.contact, self.fallen = np.zeros((n, 4, 4)), np.zeros(n, bool)
+        self.tips, self.tip_vel = (np.zeros((n, len(H.TIPS), 3)) for _ in range(2))
+        self.contact, self.fallen = np.zeros((n, len(H.TIPS), 4)), np.zeros(n, bool)
         self.steps, self.blowups, self.pushes = np.zeros(n, int), 0, None
         self.history = begin_history(self.measured, self.target)
         self.reset(np.arange(n))
@@ -775,8 +776,8 @@ class Rotation:
 
 
 def fingertip_sensors(sensors):
-    """Sensor rows (n, 28) of a model with an object -> tips (n, 4, 3) m, contact (n, 4, 4: found,
-    net force xyz N)."""
+    """Sensor rows (n, 7 tips) of a model with an object -> tips (n, tips, 3) m, contact
+    (n, tips, 4: found, net force xyz N)."""
     t = len(H.TIPS)
     return sensors[:, :3 * t].reshape(-1, t, 3).copy(), sensors[:, 3 * t:].reshape(-1, t, 4)
 
@@ -843,8 +844,9 @@ def run_episodes(env, act, record=None, title=None, trials=None, restarted=None)
 # grasps that hold 30 g with friction 1 drop it within 10 s, and training would start from hopeless
 # states. Everything here is part of the key under which grasps are cached.
 GRASP_TEST = {
-    "count": 200, "open": 0.3, "close": 0.15, "near": 0.25, "shift": 0.012, "closing": 0.3,
-    "squeeze": 0.15, "mass": 0.05, "friction": 0.5, "fingertips": 3, "drift": 0.015, "seed": 0,
+    "count": 200, "open": 0.3, "close": 0.15, "near": 0.25, "shift": 0.012 * H.SCALE,
+    "closing": 0.3, "squeeze": 0.15, "mass": 0.05, "friction": 0.5,
+    "fingertips": min(3, len(H.TIPS)), "drift": 0.015 * H.SCALE, "seed": 0,
     "stages": (("palm_up", 0.1), ("palm_up", 0.4), ("palm_down", 0.1), ("palm_down", 0.4)),
 }
 
@@ -870,7 +872,7 @@ def _opening():
 
     step = 1e-3
     slope = np.array([distances(H.GRASP + step * joint) for joint in np.eye(H.N)])
-    slope = (slope - distances(H.GRASP)) / step          # (N, 4): a joint moves its own fingertip
+    slope = (slope - distances(H.GRASP)) / step          # (N, tips): a joint moves its own
     return (slope / np.linalg.norm(slope, axis=0)).sum(1)
 
 
@@ -998,16 +1000,17 @@ class VirtualHand(H.Hand):
             return rng.uniform(low, high, H.N)
 
         self._gain = each(0.85, 1.0)
-        self._volt = rng.uniform(4.6, 4.9)       # cables and load pull a 5 V supply down
+        # cables and load pull the supply down
+        self._volt = rng.uniform(H.SUPPLY - H.SAG[1], H.SUPPLY - H.SAG[0])
         self._kt, self._R = H.KT * each(0.95, 1.05), H.RESISTANCE * each(0.97, 1.08)
-        self._limit = H.CURRENT_LIMIT[1200] * each(0.9, 1.0)
+        self._limit = H.CURRENT * each(0.9, 1.0)
         # N m, around the identified motor
-        self._base, self._stribeck = 0.0088 * each(0.7, 1.3), 0.0047 * each(0.7, 1.3)
-        self._load, self._load_s = 0.068 * each(0.7, 1.3), 0.0738 * each(0.7, 1.3)
+        self._base, self._stribeck = H.RUB * each(0.7, 1.3), H.RUB_STRIBECK * each(0.7, 1.3)
+        self._load, self._load_s = H.LOAD * each(0.7, 1.3), H.LOAD_STRIBECK * each(0.7, 1.3)
         self._zero = np.radians(each(-0.6, 0.6))             # what a careful calibration leaves
-        self._backlash = np.radians(each(0.25, 0.5))
+        self._backlash = np.radians(each(*H.BACKLASH))
         self._command_delay, self._read_delay = rng.uniform(0.004, 0.012), rng.uniform(0.003, 0.008)
-        viscous, armature = 0.0046 * each(0.7, 1.3), H.ARMATURE * each(0.95, 1.1)
+        viscous, armature = H.VISCOUS * each(0.7, 1.3), H.ARMATURE * each(0.95, 1.1)
         self._joints = dict(damping=viscous, armature=armature, backlash=self._backlash)
         if "motor" not in self.differs:
             self._joints = {}
@@ -1109,11 +1112,11 @@ class VirtualHand(H.Hand):
 
     def _set_friction(self):
         """The most that gears rub at this speed under this load."""
-        speed = np.abs(self._data.qvel[self._vadr])
+        speed = np.abs(self._data.qvel[self._vadr]) / H.STRIBECK_SPEED
         strain = np.abs(self._external - self._tau)
         self._model.dof_frictionloss[self._vadr] = (
             self._base + self._load * strain
-            + np.exp(-(speed / 2.558) ** 0.76) * (self._stribeck + self._load_s * strain))
+            + np.exp(-speed ** H.STRIBECK_EXPONENT) * (self._stribeck + self._load_s * strain))
 
     def _feel_load(self):
         """What bears on the gears from outside: contacts and limits (the forces of all constraints
@@ -1173,7 +1176,8 @@ def _made_differently(rng):
         if link.joint:
             pos = pos + rng.uniform(-0.0005, 0.0005, 3)
             quat = multiply(quat, tilted((1, 0, 0, 0), rng, np.radians(1)))
-        links.append(link._replace(pos=tuple(pos), quat=tuple(quat), shapes=tuple(shapes), boxes=()))
+        links.append(link._replace(
+            pos=tuple(pos), quat=tuple(quat), shapes=tuple(shapes), boxes=()))
     return tuple(links)
 
 
@@ -1216,9 +1220,6 @@ def open_hand(port="auto", **virtual):
 
 
 # --------------------------------------------------------------------- films, files, progress
-CAMERA = {"lookat": (-0.01, 0.035, 0.10), "distance": 0.38, "azimuth": 150, "elevation": -25}
-
-
 def film(model, qpos, path, wrist="palm_up"):
     """Write a GIF of the configurations `qpos`, a list of (nq,). Without a renderer one line says
     so and nothing fails."""
@@ -1243,7 +1244,7 @@ def frames(model, qpos, wrists, axes=None, every=2, size=(320, 320)):
         data.qpos[:] = qpos[i]
         mujoco.mj_kinematics(model, data)
         mujoco.mj_camlight(model, data)
-        camera.elevation = -CAMERA["elevation"] * gravity(wrists[i])[0, 2]
+        camera.elevation = -H.CAMERA["elevation"] * gravity(wrists[i])[0, 2]
         renderer.update_scene(data, camera)
         scene.enabletransform, scene.scale = 1, 1
         scene.rotate[:] = wrists[i]                          # about what the camera looks at
@@ -1256,8 +1257,8 @@ def frames(model, qpos, wrists, axes=None, every=2, size=(320, 320)):
 
 
 def look(camera):
-    camera.lookat[:], camera.distance = CAMERA["lookat"], CAMERA["distance"]
-    camera.azimuth, camera.elevation = CAMERA["azimuth"], CAMERA["elevation"]
+    camera.lookat[:], camera.distance = H.CAMERA["lookat"], H.CAMERA["distance"]
+    camera.azimuth, camera.elevation = H.CAMERA["azimuth"], H.CAMERA["elevation"]
 
 
 def add_arrow(scene, direction, rgba):

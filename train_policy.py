@@ -150,9 +150,9 @@ class Task:
         return np.maximum(r, -FALL_PENALTY) - FALL_PENALTY * env.fallen
 
     def observe(self):
-        """The privileged observation, float32 tensor (n, 217). What matters most: contacts, and
-        fingertips relative to the object. The columns: scale, which makes a usual value about 1,
-        and values (rad, m, rad/s, m/s, N, N m, kg)."""
+        """The privileged observation, float32 tensor (n, 217 with 16 joints and 4 fingers). What
+        matters most: contacts, and fingertips relative to the object. The columns: scale, which
+        makes a usual value about 1, and values (rad, m, rad/s, m/s, N, N m, kg)."""
         env = self.env
         n, (w, x, y, z) = env.n, env.quat.T
         # two columns of the rotation matrix: q and -q, the same orientation, look the same

@@ -459,7 +459,7 @@ def test_a_target_moves_by_alpha_at_most_and_stays_within_reach():
         assert after[0, j] == pytest.approx(H.GRASP[j] + step)
     assert np.array_equal(after[1], sim.NEAR) and np.array_equal(after[2], sim.FAR)
     assert (sim.NEAR >= H.LOW).all() and (sim.FAR <= H.HIGH).all()
-    assert (np.abs([sim.NEAR - H.GRASP, sim.FAR - H.GRASP]) <= sim.REACH + 1e-12).all()
+    assert (np.abs([sim.NEAR - H.GRASP, sim.FAR - H.GRASP]) <= H.REACH + 1e-12).all()
 
 
 # ------------------------------------------------------------------------------------- the physics
