@@ -1249,6 +1249,7 @@ def frames(model, qpos, wrists, axes=None, every=2, size=(320, 320)):
         scene.enabletransform, scene.scale = 1, 1
         scene.rotate[:] = wrists[i]                          # about what the camera looks at
         scene.translate[:] = camera.lookat - rotate(scene.rotate, camera.lookat)
+        add_stripes(scene, model, data)
         if axes:
             add_arrow(scene, axes[i], (0.1, 0.4, 0.9, 1))
         images.append(Image.fromarray(renderer.render()).quantize(64))
@@ -1268,6 +1269,18 @@ def add_arrow(scene, direction, rgba):
     mujoco.mjv_initGeom(geom, kind, np.zeros(3), np.zeros(3), np.eye(3).ravel(),
                         np.array(rgba, np.float32))
     mujoco.mjv_connector(geom, kind, 0.004, CENTRE, CENTRE + 0.12 * np.asarray(direction))
+
+
+def add_stripes(scene, model, data):
+    """Draw a dark stripe around the object into an MjvScene, so that one sees a cylinder turn: a
+    thin plate that looks out of it by 1 %."""
+    for g in np.flatnonzero(model.geom_contype == OBJECT):
+        geom = scene.geoms[scene.ngeom]
+        scene.ngeom += 1
+        half = 1.01 * model.geom_aabb[g, 3:]
+        half[1] = 0.003
+        mujoco.mjv_initGeom(geom, mujoco.mjtGeom.mjGEOM_BOX, half, data.geom_xpos[g],
+                            data.geom_xmat[g], np.array((0.25, 0.1, 0, 1), np.float32))
 
 
 def save_gif(images, path, every=2):
