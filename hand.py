@@ -64,8 +64,8 @@ class Link(NamedTuple):
 # ----------------------------------------------------------------------------------- the table
 # Kinematics, masses, limits and collision boxes: LEAP Hand (right) as published with its URDF and
 # its MuJoCo model.
-# `boxes` are the published collision boxes, and what objects meet. `shapes` are as wide and reach as
-# far, but few and round: fingers meet each other, the palm and balls with them in the training
+# `boxes` are the published collision boxes, and what objects meet. `shapes` are as wide and reach
+# as far, but few and round: fingers meet each other, the palm and balls with them in the training
 # simulator, because boxes of neighbouring fingers that pass into each other make MuJoCo 4.0.0 end
 # the process. They are capsules ("capsule", from, to, radius) and boxes ("box", centre, half
 # sizes). The last shape of a fingertip link, a capsule, is its rubber tip, for objects too, and its
