@@ -561,7 +561,8 @@ class Training:
             self.curriculum.born = saved["born"].numpy()
             self.curriculum.recent = saved["recent"]
             self.steps, self.seconds = saved["steps"], saved["seconds"]
-            self.best, self.best_weights = saved["best"], saved["weights"]
+            self.best = saved["best"]
+            self.best_weights = saved["weights"] if self.best > -1 else None
             self.curve = [Row(*row) for row in saved["curve"]]
         except (KeyError, RuntimeError, TypeError):
             raise H.Problem(f"{self.path} was trained for something else; choose another --out")
