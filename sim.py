@@ -555,8 +555,10 @@ class Rotation:
 
     objects: list of `Object`, dealt out in turn; wrists, axes: names, drawn anew at every reset.
     `randomize` names what differs from episode to episode (of EVERYTHING); the same seed gives the
-    same numbers. `level`, an array over wrists in 0..1, is what a curriculum turns: it scales
-    gravity from `weakest` to 1 g and, with it, the spread of centre, wrist, contact and motor.
+    same numbers. `cells` are the pairs of a wrist and a kind of object ("box"), `cell` (n,) says
+    which one an environment is in. `level`, an array over cells in 0..1, is what a curriculum
+    turns: it scales gravity from `weakest` to 1 g and, with it, the spread of centre, wrist,
+    contact and motor.
     After `step` these describe the control step just made (float64 arrays over environments):
         q, dq (n, N)   measured (n, N): late, with noise and encoder zero   target (n, N)
         pos (n, 3)   quat (n, 4)   vel (n, 6: linear, angular)   omega (n, 3) rad/s
@@ -571,7 +573,10 @@ class Rotation:
         self.randomize, self.noise, self.weakest = frozenset(randomize), noise, weakest
         self.objects, self.which = list(objects), np.arange(n) % len(objects)
         self.wrists, self.axes = list(wrists), list(axes)
-        self.level = np.ones(len(self.wrists))
+        kinds = [obj.name.split()[0] for obj in self.objects]
+        self.cells = [(wrist, kind) for wrist in self.wrists for kind in dict.fromkeys(kinds)]
+        self._kind = np.array(kinds)[self.which]
+        self.level, self.cell = np.ones(len(self.cells)), np.zeros(n, int)
         self.grasps = [grasp_cache(obj, progress=progress) for obj in self.objects]
         self.models = self._compile(physics)
         m = self.models[0]
@@ -601,7 +606,7 @@ class Rotation:
         self.command_delay = np.zeros(n, int)                # substeps
         self.reading_delay = np.zeros(n, int)
         self.home, self.omega, self.axis = (np.zeros((n, 3)) for _ in range(3))
-        self.wrist, self.which_wrist = np.zeros((n, 4)), np.zeros(n, int)
+        self.wrist = np.zeros((n, 4))
         self.mass, self.friction, self.g = np.zeros(n), np.zeros(n), np.zeros(n)
         self.tips, self.tip_vel = (np.zeros((n, len(H.TIPS), 3)) for _ in range(2))
         self.contact, self.fallen = np.zeros((n, len(H.TIPS), 4)), np.zeros(n, bool)
@@ -655,9 +660,10 @@ class Rotation:
         self._begin(np.arange(self.n))
 
     def _start(self, i, grasp, wrist, axis, mass, friction):
-        w, model, rng = self.wrists.index(wrist), self.models[i], self.rng
-        level = self.level[w]
-        self.which_wrist[i], self.wrist[i], self.axis[i] = w, WRISTS[wrist], AXES[axis]
+        model, rng = self.models[i], self.rng
+        self.cell[i] = self.cells.index((wrist, self._kind[i]))
+        level = self.level[self.cell[i]]
+        self.wrist[i], self.axis[i] = WRISTS[wrist], AXES[axis]
         self.mass[i], self.friction[i] = mass, friction
         self.g[i] = self.weakest + (1 - self.weakest) * level
         self.state[i] = 0
@@ -674,14 +680,16 @@ class Rotation:
             softness = 0.02 + level * (rng.uniform(*CONTACT_TIME) - 0.02)
             model.geom_solref[model.geom_priority == 1, 0] = softness
         if "motor" in self.randomize:
-            share = 1 + level * (rng.uniform(*STIFFNESS, H.N) - 1)
-            dry = 1 + level * (rng.uniform(*DRY_FRICTION, H.N) - 1)
+            # some hands are almost as the table says, or a policy loses the touch for these
+            far = level * rng.random()
+            share = 1 + far * (rng.uniform(*STIFFNESS, H.N) - 1)
+            dry = 1 + far * (rng.uniform(*DRY_FRICTION, H.N) - 1)
             self.stiffness[i] = share * self._usual.actuator_gainprm[:, 0]
             model.actuator_gainprm[:, 0] = self.stiffness[i]
             model.actuator_biasprm[:, 1] = -self.stiffness[i]
             self.dry[i] = dry * self._usual.dof_frictionloss[:H.N]
-            self.rub[i] = level * rng.uniform(*LOAD_FRICTION, H.N)
-            self.zero[i] = level * rng.uniform(-ZERO_ERROR, ZERO_ERROR, H.N)
+            self.rub[i] = far * rng.uniform(*LOAD_FRICTION, H.N)
+            self.zero[i] = far * rng.uniform(-ZERO_ERROR, ZERO_ERROR, H.N)
         if "delay" in self.randomize:
             late = np.rint(rng.uniform(*DELAY, 2) * CONTROL_HZ * self.substeps).astype(int)
             self.command_delay[i], self.reading_delay[i] = late

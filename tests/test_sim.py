@@ -336,7 +336,7 @@ def stage(**changes):
         omega=np.zeros((1, 3)), axis=np.array([[0, 0, 1.0]]), quat=np.array([[1.0, 0, 0, 0]]),
         vel=np.zeros((1, 6)), pos=np.zeros((1, 3)), home=np.zeros((1, 3)),
         contact=np.zeros((1, 4, 4)), fallen=np.zeros(1, bool), objects=CUBE[:1],
-        which=np.zeros(1, int), wrists=[0], which_wrist=np.zeros(1, int), zero=np.zeros((1, 16)))
+        which=np.zeros(1, int), wrists=[0], cell=np.zeros(1, int), cells=[0], zero=np.zeros((1, 16)))
     task = T.Task(env)
     task.episodes = 100
     vars(env).update({name: np.array([value]) for name, value in changes.items()})
@@ -727,8 +727,8 @@ def test_a_level_belongs_to_its_wrist():
     env = still(12, wrists=["palm_up", "palm_down"])
     env.level[:] = 0.0, 1.0
     env.reset(np.arange(12))
-    assert set(env.which_wrist) == {0, 1}
-    assert env.g == pytest.approx(np.where(env.which_wrist == 0, 0.2, 1.0))
+    assert set(env.cell) == {0, 1}
+    assert env.g == pytest.approx(np.where(env.cell == 0, 0.2, 1.0))
 
 
 @pytest.mark.parametrize("command_late, reading_late", [(0, 0), (3, 0), (0, 2), (2, 3)])

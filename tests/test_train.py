@@ -111,11 +111,30 @@ def test_levels_rise_with_rotation_and_not_with_holding():
     curriculum = T.Curriculum(env, task)
     assert not env.level.any() and not task.holds.any()
     for turned, raised in ((0.0, False), (T.RAISE_RAD + 1, True)):
-        curriculum.recent = [[(turned, 1.0)] * 2, [(turned, 0.3)] * 2]
+        curriculum.recent = [[(turned, 1.0)] * T.CELL, [(turned, 0.3)] * T.CELL]
         rows = list(curriculum.raise_levels())
-        assert [row[0] for row in rows] == env.wrists and curriculum.recent == [[], []]
+        assert [row[:2] for row in rows] == [("box", wrist) for wrist in env.wrists]
+        assert curriculum.recent == [[], []]
         assert (env.level > 0).tolist() == [raised, False]
         assert task.holds.tolist() == [True, False]
+
+
+def test_a_kind_that_is_easy_does_not_raise_the_level_of_a_hard_one():
+    objects = sim.objects_of("cube") + [sim.cylinder(0.055, 0.055)] * 3
+    env = sim.Rotation(12, objects, ["palm_up"], progress=False)
+    assert env.cells == [("palm_up", "box"), ("palm_up", "cylinder")]
+    task = T.Task(env)
+    curriculum = T.Curriculum(env, task)
+    env.omega[:] = env.axis * np.where(env.which < 3, 0.01, 0.5)[:, None]
+    env.steps[:] = T.EPISODE
+    for _ in range(T.CELL):
+        for _ in range(T.EPISODE):
+            curriculum.count(np.zeros(12, bool))
+        curriculum.count(np.ones(12, bool))
+        list(curriculum.raise_levels())
+    assert env.level[0] == 0 and env.level[1] > 0
+    env.reset(np.arange(12))
+    assert env.g == pytest.approx(np.where(env.which < 3, 0.2, 0.2 + 0.8 * env.level[1]))
 
 
 def test_one_glitch_costs_no_more_than_a_fall():
@@ -131,8 +150,9 @@ def weights(path, kind):
     return saved["last" if kind == "oracle" else "weights"]
 
 
-def test_an_interrupted_run_is_the_run_that_was_not_interrupted(tmp_path):
+def test_an_interrupted_run_is_the_run_that_was_not_interrupted(tmp_path, monkeypatch):
     """Oracle: stopped twice, each time in the middle of episodes. Generalist: after every round."""
+    monkeypatch.setattr(T, "CELL", 3)
     batch = 12 * T.HORIZON
     oracles = {}
     for name, stops in (("straight", (30,)), ("interrupted", (4, 17, 30))):
