@@ -115,6 +115,12 @@ def begin(port, trial, policy, residual):
             sim.Referee([sim.AXES[trial.axis]], place[:, :3], place[:, 3:]))
 
 
+def still_held(hand, referee):
+    """One control step later: whether the virtual hand has its object, by its `Referee`."""
+    place = hand.object_qpos()[None]
+    return referee(place[:, :3], place[:, 3:])[0]
+
+
 def measured_episode(job):
     """One trial on a virtual hand, in a worker process; returns what `Referee` says."""
     args, trial, corrected, index, picture = job
@@ -129,8 +135,7 @@ def measured_episode(job):
     def watch(hand):
         if picture:
             film.append(hand.qpos())
-        place = hand.object_qpos()[None]
-        return not referee(place[:, :3], place[:, 3:])[0]
+        return not still_held(hand, referee)
 
     data = H.drive(hand, pushed, sim.EPISODE, watch)
     save_episode(args, data, trial.wrist, trial.obj.name, index)
@@ -518,9 +523,8 @@ def live_on_a_virtual_hand(args, policy, residual, content, steering):
             return controller(q)
 
         def watch(hand):
-            place = hand.object_qpos()[None]
             referee.axis[:] = steering.axis
-            if not referee(place[:, :3], place[:, 3:])[0]:
+            if not still_held(hand, referee):
                 fallen.append(f"{obj.name} fell after {referee.held[0] / HZ:.1f} s")
             rows = readings(controller, steering, referee)
             if args.gif and len(shots) < 60 * HZ:

@@ -174,9 +174,8 @@ def steered(job):
         return controller(q)
 
     def watch(hand):
-        place = hand.object_qpos()[None]
         referee.axis[:] = steering.axis
-        held = referee(place[:, :3], place[:, 3:])[0]
+        held = deploy.still_held(hand, referee)
         if steering.steps == BEFORE:
             before.append(float(referee.RotR[0]))
         return not held
