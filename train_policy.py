@@ -1,11 +1,12 @@
 """Stage 1: a policy that rotates an object in the fingers, learned in simulation.
 
-    python train_policy.py                        # cuboids and cylinders, +-z, palm up and down
+    python train_policy.py                        # cylinders and cuboids, +-z, palm up and down
     python train_policy.py --family cube --wrist palm_up --axis z+ --steps 4e6 --out runs/cube
 
 reads   nothing (grasps are sampled on first use and cached)
 writes  OUT/oracle-FAMILY.pt   one PPO specialist per object family, which sees everything that the
-                               simulator knows; the best so far and all that training needs to go on
+                               simulator knows, and begins with what the one before has learned;
+                               the best so far and all that training needs to go on
         OUT/policy.pt          the generalist: cloned from the oracles, sees joint encoders alone
         OUT/curve.png, OUT/policy-WRIST.gif, OUT/results.json
 Run it again with the same --out and it goes on where it stopped, as if it had not stopped; Ctrl-C
@@ -49,13 +50,13 @@ MEAN_COST = 0.01         # ...so they pay
 # rotating, not at holding: raised on survival alone a policy learns to hold still, and at full
 # gravity from the start it learns half a turn and a drop.
 HOLDS = 0.75
-RAISE_RAD, RAISE_HELD = 4.0, 0.5         # rad per 20 s and share of the episode held
+RAISE_RAD, RAISE_HELD = 7.0, 0.6         # rad per 20 s and share of the episode held
 RAISE = 1 / 16
 CELL = 48                # episodes of one kind of object at one wrist, after which it may rise
 
 # The generalist
-ROUNDS = 8               # of one episode in every environment
-CLONING = 3              # rounds per oracle in which the oracle drives
+ROUNDS = 10              # of one episode in every environment
+CLONING = 2              # rounds per oracle in which the oracle drives
 GRADIENT_STEPS = 400     # after each round
 CLONING_BATCH = 2048
 CLONING_RATE = 1e-3
@@ -473,7 +474,7 @@ def update(oracle, optimizer, batch):
 class Training:
     """One specialist in training by PPO, and everything that its checkpoint holds."""
 
-    def __init__(self, family, args, path):
+    def __init__(self, family, args, path, start=None):
         self.family, self.path, self.seed = family, path, args.seed
         torch.manual_seed(args.seed)
         self.env = sim.Rotation(args.envs, sim.objects_of(family), args.wrist, args.axis,
@@ -494,11 +495,11 @@ class Training:
         self.best, self.best_weights = -1.0, None
         if path.exists():
             self._resume(load_checkpoint(path, "oracle"))
-        elif args.start:
+        elif start:
             try:
-                self.oracle.load_state_dict(load_checkpoint(args.start, "oracle")["weights"])
+                self.oracle.load_state_dict(load_checkpoint(start, "oracle")["weights"])
             except (KeyError, RuntimeError):
-                raise H.Problem(f"{args.start} was trained with another observation")
+                raise H.Problem(f"{start} was trained with another observation")
 
     def iterate(self):
         """One batch: act, judge, learn. Returns the numbers that experts look at."""
@@ -570,10 +571,11 @@ class Training:
         self.obs = self.task.observe()
 
 
-def train_oracle(family, args, path):
+def train_oracle(family, args, path, start=None):
     """Train a specialist for args.steps control steps, or args.minutes; goes on from `path` if that
-    is there. Returns the best oracle, its curve and the seconds of training."""
-    training = Training(family, args, path)
+    is there, else begins with the weights in `start`, if any. Returns the best oracle, its curve
+    and the seconds of training."""
+    training = Training(family, args, path, start)
     bar = sim.Progress(f"oracle {family}", args.steps, " steps")
     saved = time.monotonic()
     limit = 48 * args.minutes / len(args.family) if args.minutes else np.inf
@@ -763,14 +765,14 @@ def families_of(args):
 def arguments():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--family", nargs="+", default=["cuboid+cylinder"],
+    parser.add_argument("--family", nargs="+", default=["cylinder", "cuboid"],
                         help="an oracle for each; 'cuboid+cylinder' is one oracle for both")
     parser.add_argument("--wrist", nargs="+", default=["palm_up", "palm_down"], choices=sim.WRISTS)
     parser.add_argument("--axis", nargs="+", default=["+z", "-z"], choices=sim.AXES,
                         type=sim.axis_name, help="+z or z+, and so on")
-    parser.add_argument("--steps", type=float, default=14e6,
-                        help="control steps of each oracle (default 14e6)")
-    parser.add_argument("--start", type=Path, help="begin with the weights of this oracle")
+    parser.add_argument("--steps", type=float, default=7.5e6,
+                        help="control steps of each oracle (default 7.5e6)")
+    parser.add_argument("--start", type=Path, help="the first begins with this oracle's weights")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="of cloning")
     parser.add_argument("--minutes", type=float, help="stop earlier, after so long in all")
     parser.add_argument("--envs", type=int, default=ENVS)
@@ -790,10 +792,11 @@ def arguments():
 
 def main():
     args = arguments()
-    curve, oracles, seconds = [], [], 0.0
+    curve, oracles, seconds, start = [], [], 0.0, args.start
     for family in args.family:
         path = args.out / f"oracle-{family.replace('+', '-')}.pt"
-        oracle, rows, spent = train_oracle(family, args, path)
+        oracle, rows, spent = train_oracle(family, args, path, start)
+        start = path
         oracles.append((family, oracle))
         curve, seconds = curve + rows, seconds + spent
         draw_curve(args.out / "curve.png", curve)
