@@ -17,6 +17,7 @@ import atexit
 import copy
 import ctypes.util
 import hashlib
+import itertools
 import json
 import os
 import sys
@@ -72,13 +73,54 @@ AXES = {
 }
 
 
+ANY = "any"                      # drawn anew for every episode
+
+
+def wrist_of(name, rng=None):
+    """The quaternion (4,) of a wrist: one of WRISTS, "any" (drawn from `rng`), or four numbers as
+    text. Raises ValueError, of which argparse makes one line."""
+    if name == ANY and rng:
+        return unit(rng.normal(size=4))
+    return unit(WRISTS[name] if name in WRISTS else _numbers(name, 4))
+
+
+def axis_of(name, rng=None):
+    """The direction (3,) of a rotation axis: one of AXES, "any" or three numbers, as `wrist_of`."""
+    if name == ANY and rng:
+        return unit(rng.normal(size=3))
+    return unit(AXES[name] if name in AXES else _numbers(name, 3))
+
+
+def _numbers(text, n):
+    values = [float(word) for word in text.split()]
+    if len(values) != n or not 0 < np.dot(values, values) < np.inf:
+        raise ValueError(text)
+    return values
+
+
+def unit(v):
+    return np.asarray(v, float) / np.linalg.norm(v)
+
+
+def choice(name, of, rng):
+    """`name`, or numbers as text in place of "any"; `of` is `wrist_of` or `axis_of`."""
+    return " ".join(f"{x:.4f}" for x in of(name, rng)) if name == ANY else name
+
+
+def wrist_name(text):
+    """A wrist on the command line."""
+    if text != ANY:
+        wrist_of(text)
+    return text
+
+
 def axis_name(text):
-    """An axis on the command line: +z, -z, or z+, z- (argparse takes a word that begins with a
-    minus for an option). Raises ValueError, which argparse turns into one line."""
-    name = text if text in AXES else text[::-1]
-    if name not in AXES:
-        raise ValueError(f"no axis {text}")
-    return name
+    """An axis on the command line: a name, three numbers, or +z as z+ (argparse takes a word that
+    begins with a minus for an option)."""
+    text = text[::-1] if text[::-1] in AXES else text
+    if text != ANY:
+        axis_of(text)
+    return text
 
 
 def gravity(wrist):
@@ -134,36 +176,68 @@ class Object(NamedTuple):
     them (half, m)."""
     name: str
     parts: tuple
+    family: str = ""
 
 
-def _object(name, kind, size):
-    size = tuple(round(float(s), 5) for s in size)
-    return Object(name, ((kind, size, (0, 0, 0), (1, 0, 0, 0)),))
+def solid(name, *parts, unit=0.01):
+    """An object of several primitives, parts = (type, half sizes, centre[, quaternion]) in cm."""
+    parts = [(kind, size, pos, turn[0] if turn else (1, 0, 0, 0))
+             for kind, size, pos, *turn in parts]
+    return scaled(Object(name, tuple(parts)), unit * H.SCALE)
 
 
 def box(x, y, z):
     """A cuboid with full edge lengths x, y, z in m on a hand of SCALE 1; z stands along the palm
     normal."""
-    x, y, z = H.SCALE * np.array([x, y, z])
-    name = f"box {100 * x:.2g}x{100 * y:.2g}x{100 * z:.2g} cm"
-    return _object(name, "box", (x / 2, y / 2, z / 2))
+    size = " x ".join(f"{100 * H.SCALE * edge:.2g}" for edge in (x, y, z))
+    return solid(f"box {size} cm", ("box", (x / 2, y / 2, z / 2), (0, 0, 0)), unit=1)
 
 
 def cylinder(d, h):
     """A standing cylinder, diameter and height in m on a hand of SCALE 1."""
-    d, h = H.SCALE * d, H.SCALE * h
-    return _object(f"cylinder {100 * d:.2g}x{100 * h:.2g} cm", "cylinder", (d / 2, h / 2))
+    size = " x ".join(f"{100 * H.SCALE * edge:.2g}" for edge in (d, h))
+    return solid(f"cylinder {size} cm", ("cylinder", (d / 2, h / 2), (0, 0, 0)), unit=1)
 
 
 def scaled(obj, factor):
     """The same object, `factor` times as large."""
-    parts = [(kind, tuple(factor * s for s in size), tuple(factor * p for p in pos), quat)
+    parts = [(kind, tuple(round(float(factor * s), 5) for s in size),
+              tuple(float(factor * p) for p in pos), quat)
              for kind, size, pos, quat in obj.parts]
-    return Object(obj.name, tuple(parts))
+    return obj._replace(parts=tuple(parts))
 
 
-# Aspect ratios as in the paper: normal cylinders 1.6-2.4 (height over radius), normal cuboids
-# 1.25-1.5 (longest over shortest edge), and the cube that everyone asks about.
+def about(axis, degrees):
+    """A quaternion, as a tuple."""
+    return tuple(from_axis_angle(AXES[axis], np.radians(degrees)).tolist())
+
+
+COMPLEX = [
+    solid("duck", ("ellipsoid", (3.2, 2.2, 2.0), (0, 0, -1)), ("sphere", (1.5,), (1.9, 0, 1.7)),
+          ("ellipsoid", (0.9, 0.8, 0.4), (3.5, 0, 1.5))),
+    solid("bunny", ("ellipsoid", (2.6, 2.0, 2.2), (0, 0, -1)), ("sphere", (1.5,), (1.7, 0, 1.2)),
+          ("ellipsoid", (0.5, 0.5, 1.5), (1.4, 0.8, 3)),
+          ("ellipsoid", (0.5, 0.5, 1.5), (1.4, -0.8, 3))),
+    solid("cow", ("box", (2.6, 1.5, 1.3), (-0.6, 0, 0.6)), ("box", (0.9, 0.9, 0.9), (2.8, 0, 1.4)),
+          ("box", (0.5, 1.4, 1.2), (1.3, 0, -1.8)), ("box", (0.5, 1.4, 1.2), (-2.5, 0, -1.8))),
+    solid("bear", ("ellipsoid", (2.0, 2.2, 2.4), (0, 0, -1)), ("sphere", (1.7,), (0.3, 0, 2)),
+          ("sphere", (0.6,), (0, 1.3, 3.2)), ("sphere", (0.6,), (0, -1.3, 3.2))),
+    solid("elephant", ("ellipsoid", (2.7, 2.0, 2.0), (-0.8, 0, 0.6)),
+          ("sphere", (1.5,), (1.9, 0, 1.2)), ("capsule", (0.5, 1.2), (3.2, 0, -0.6)),
+          ("box", (1.9, 1.5, 0.9), (-0.8, 0, -2))),
+    solid("teapot", ("ellipsoid", (2.4, 2.4, 2.0), (0, 0, 0)), ("sphere", (0.6,), (0, 0, 2.3)),
+          ("capsule", (0.5, 1.0), (2.7, 0, 0.4), about("+y", 50)),
+          ("box", (0.3, 0.4, 1.1), (-2.9, 0, 0))),
+    solid("hammer", ("cylinder", (0.9, 2.6), (0, 0, -0.9)), ("box", (2.0, 1.1, 1.1), (0, 0, 2.5))),
+    solid("T", ("box", (3.0, 1.2, 1.0), (0, 0, 1.8)), ("box", (1.1, 1.2, 1.9), (0, 0, -1))),
+    solid("L", ("box", (1.1, 1.3, 3.0), (-1.5, 0, 0)), ("box", (1.5, 1.3, 1.1), (1, 0, -1.9))),
+    solid("cross", ("box", (3.0, 1.1, 1.1), (0, 0, 0)), ("box", (1.1, 3.0, 1.1), (0, 0, 0))),
+    solid("star", *(("box", (3.0, 0.9, 1.2), (0, 0, 0), about("+z", turn))
+                    for turn in (0, 60, 120))),
+]
+# Families and aspect ratios as in the paper: normal cylinders 1.6-2.4 (height over radius), normal
+# cuboids 1.25-1.5 (longest over shortest edge), long cuboids 2.5-6.67, small cylinders 1.92-2.56,
+# and the cube that everyone asks about. Nothing is ever trained with what is in "held_out".
 FAMILIES = {
     "cube": [box(s, s, s) for s in (0.0525, 0.055, 0.0575)],
     "cuboid": [
@@ -173,7 +247,37 @@ FAMILIES = {
     ],
     "cylinder": [cylinder(d, d / 2 * ratio) for d in (0.0525, 0.055, 0.0575)
                  for ratio in (1.6, 2.0, 2.4)],
+    "long": [
+        box(0.035, 0.035, 0.0875),
+        box(0.03, 0.03, 0.1),
+        box(0.03, 0.04, 0.12),
+        box(0.035, 0.035, 0.14),
+        box(0.027, 0.027, 0.135),
+        box(0.024, 0.024, 0.16),
+    ],
+    "small": [cylinder(d, d / 2 * ratio) for d in (0.025, 0.03, 0.035)
+              for ratio in (1.92, 2.24, 2.56)],
+    "complex": [scaled(obj, size) for obj in COMPLEX for size in (0.9, 1.05)],
+    "held_out": [
+        cylinder(0.048, 0.042),
+        cylinder(0.054, 0.075),
+        cylinder(0.028, 0.05),
+        box(0.048, 0.056, 0.064),
+        box(0.026, 0.032, 0.08),
+        box(0.032, 0.032, 0.128),
+        box(0.015, 0.015, 0.175),
+        solid("egg", ("ellipsoid", (2.4, 2.4, 3.2), (0, 0, 0))),
+        solid("cat", ("ellipsoid", (2.6, 1.7, 1.8), (0, 0, -1)), ("sphere", (1.4,), (2, 0, 1.3)),
+              ("capsule", (0.4, 1.3), (-2.4, 0, 1))),
+        solid("mug", ("cylinder", (2.4, 2.8), (0, 0, 0)), ("box", (0.5, 0.4, 1.6), (3.2, 0, 0))),
+        solid("jack", ("box", (3, 0.9, 0.9), (0, 0, 0)), ("box", (0.9, 3, 0.9), (0, 0, 0)),
+              ("box", (0.9, 0.9, 3), (0, 0, 0))),
+        solid("H", ("box", (0.9, 1.3, 2.8), (1.9, 0, 0)), ("box", (0.9, 1.3, 2.8), (-1.9, 0, 0)),
+              ("box", (1.9, 1.3, 0.8), (0, 0, 0))),
+    ],
 }
+FAMILIES = {family: [obj._replace(family=family) for obj in objects]
+            for family, objects in FAMILIES.items()}
 
 
 def objects_of(families):
@@ -537,14 +641,16 @@ class Trial(NamedTuple):
 
 
 def trials(objects, wrist, axes, n, seed):
-    """n trials with the objects in turn; each depends on `seed` and its number alone."""
+    """n trials with the objects in turn; each depends on `seed` and its number alone. `wrist` and
+    `axes` are names, also "any"."""
     grasps = {obj: grasp_cache(obj) for obj in objects}
     drawn = []
     for number in range(n):
         rng = np.random.default_rng([seed, number, 4])
         obj = objects[number % len(objects)]
         drawn.append(Trial(
-            obj, rng.choice(grasps[obj]), wrist, axes[rng.integers(len(axes))],
+            obj, rng.choice(grasps[obj]), choice(wrist, wrist_of, rng),
+            choice(axes[rng.integers(len(axes))], axis_of, rng),
             rng.uniform(*MASS), rng.uniform(*FRICTION), random_pushes(rng, EPISODE)))
     return drawn
 
@@ -555,10 +661,9 @@ class Rotation:
 
     objects: list of `Object`, dealt out in turn; wrists, axes: names, drawn anew at every reset.
     `randomize` names what differs from episode to episode (of EVERYTHING); the same seed gives the
-    same numbers. `cells` are the pairs of a wrist and a kind of object ("box"), `cell` (n,) says
-    which one an environment is in. `level`, an array over cells in 0..1, is what a curriculum
-    turns: it scales gravity from `weakest` to 1 g and, with it, the spread of centre, wrist,
-    contact and motor.
+    same numbers. `cells` are all of (wrist, axis, family of objects), `cell` (n,) says which one an
+    environment is in. `level`, an array over cells in 0..1, is what a curriculum turns: it scales
+    gravity from `weakest` to 1 g and, with it, the spread of centre, wrist, contact and motor.
     After `step` these describe the control step just made (float64 arrays over environments):
         q, dq (n, N)   measured (n, N): late, with noise and encoder zero   target (n, N)
         pos (n, 3)   quat (n, 4)   vel (n, 6: linear, angular)   omega (n, 3) rad/s
@@ -573,16 +678,17 @@ class Rotation:
         self.randomize, self.noise, self.weakest = frozenset(randomize), noise, weakest
         self.objects, self.which = list(objects), np.arange(n) % len(objects)
         self.wrists, self.axes = list(wrists), list(axes)
-        kinds = [obj.name.split()[0] for obj in self.objects]
-        self.cells = [(wrist, kind) for wrist in self.wrists for kind in dict.fromkeys(kinds)]
-        self._kind = np.array(kinds)[self.which]
+        families = dict.fromkeys(obj.family for obj in self.objects)
+        self.cells = list(itertools.product(self.wrists, self.axes, families))
         self.level, self.cell = np.ones(len(self.cells)), np.zeros(n, int)
         self.grasps = [grasp_cache(obj, progress=progress) for obj in self.objects]
         self.models = self._compile(physics)
         m = self.models[0]
         self.substeps = round(1 / (CONTROL_HZ * m.opt.timestep))
         self.threads = threads or os.cpu_count()
-        self.datas = [mujoco.MjData(m) for _ in range(self.threads)]
+        # models differ in the number of geoms; there is room for the largest
+        largest = max(self.models, key=lambda model: model.ngeom)
+        self.datas = [mujoco.MjData(largest) for _ in range(self.threads)]
         self.pool = rollout.Rollout(nthread=self.threads)
 
         size = mujoco.mj_stateSize(m, mujoco.mjtState.mjSTATE_FULLPHYSICS)
@@ -642,11 +748,12 @@ class Rotation:
         whatever is randomized drawn anew."""
         rng = self.rng
         for i in ids:
-            w = rng.integers(len(self.wrists))
-            grasps = self.grasps[self.which[i]]
+            wrist, grasps = self.wrists[rng.integers(len(self.wrists))], self.grasps[self.which[i]]
+            grasp = grasps[rng.integers(len(grasps))]
+            axis = self.axes[rng.integers(len(self.axes))]
+            self.cell[i] = self.cells.index((wrist, axis, self.objects[self.which[i]].family))
             self._start(
-                i, grasps[rng.integers(len(grasps))], self.wrists[w],
-                self.axes[rng.integers(len(self.axes))],
+                i, grasp, wrist_of(wrist, rng), axis_of(axis, rng),
                 rng.uniform(*MASS) if "mass" in self.randomize else 0.03,
                 rng.uniform(*FRICTION) if "friction" in self.randomize else 1.0)
         self._begin(np.asarray(ids, int))
@@ -656,14 +763,13 @@ class Rotation:
         self.pushes = np.stack([trial.pushes for trial in trials])
         for i, t in enumerate(trials):
             assert t.obj == self.objects[self.which[i]]
-            self._start(i, t.grasp, t.wrist, t.axis, t.mass, t.friction)
+            self._start(i, t.grasp, wrist_of(t.wrist), axis_of(t.axis), t.mass, t.friction)
         self._begin(np.arange(self.n))
 
     def _start(self, i, grasp, wrist, axis, mass, friction):
         model, rng = self.models[i], self.rng
-        self.cell[i] = self.cells.index((wrist, self._kind[i]))
         level = self.level[self.cell[i]]
-        self.wrist[i], self.axis[i] = WRISTS[wrist], AXES[axis]
+        self.wrist[i], self.axis[i] = wrist, axis
         self.mass[i], self.friction[i] = mass, friction
         self.g[i] = self.weakest + (1 - self.weakest) * level
         self.state[i] = 0
@@ -857,6 +963,8 @@ GRASP_TEST = {
     "fingertips": min(3, len(H.TIPS)), "drift": 0.015 * H.SCALE, "seed": 0,
     "stages": (("palm_up", 0.1), ("palm_up", 0.4), ("palm_down", 0.1), ("palm_down", 0.4)),
 }
+# On what is no handful they close by up to this; a share of these objects lies any way round.
+UPRIGHT, CLOSEST, TUMBLED = ("cube", "cuboid", "cylinder"), 0.5, 0.5
 
 
 def grasp_cache(obj, progress=True, **changes):
@@ -864,6 +972,8 @@ def grasp_cache(obj, progress=True, **changes):
     joint targets. Made once, then read from CACHE under a key of everything that it depends on.
     Raises `Problem` if the object does not fit the hand."""
     spec, test = build(obj), GRASP_TEST | changes
+    if obj.family and obj.family not in UPRIGHT:
+        test |= {"closest": CLOSEST, "tumbled": TUMBLED}
     key = json.dumps([spec.to_xml(), H.HAND, test])
     path = CACHE / f"grasps-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
     if path.exists():
@@ -908,6 +1018,12 @@ def _sample_grasps(model, name, test, progress):
             state[:, position] = CENTRE + rng.uniform(-test["shift"], test["shift"], (batch, 3))
             turn = rng.uniform(-np.pi, np.pi, batch)
             state[:, quaternion] = from_axis_angle([[0, 0, 1]] * batch, turn)
+            if "tumbled" in test:
+                close = rng.uniform(test["close"], test["closest"], (batch, 1))
+                end = np.clip(pose - close * opening, NEAR, FAR)
+                tumbled, turn = rng.random(batch) < test["tumbled"], rng.normal(size=(batch, 4))
+                turn /= np.linalg.norm(turn, axis=1, keepdims=True)
+                state[tumbled, quaternion] = turn[tumbled]
             closing = start[:, None] + ramp * (end - start)[:, None]
             closed = pool.rollout(held, datas, state, closing, nstep=len(ramp))[0][:, -1]
             state[:, qpos] = closed[:, qpos]
@@ -992,7 +1108,7 @@ class VirtualHand(H.Hand):
             balls=None if load != "balls" else other_balls if "box" in self.differs else Balls(),
             timestep=1 / (CONTROL_HZ * self.SUBSTEPS), **self._joints).compile()
         self._data = mujoco.MjData(self._model)
-        self.turn(WRISTS[wrist])
+        self.turn(wrist_of(wrist))
         self._ipos = self._model.body("object").ipos.copy() if obj else None
         joints = [self._model.joint(joint.name) for joint in H.JOINTS]
         self._qadr = np.array([joint.qposadr[0] for joint in joints])
@@ -1231,7 +1347,7 @@ def open_hand(port="auto", **virtual):
 def film(model, qpos, path, wrist="palm_up"):
     """Write a GIF of the configurations `qpos`, a list of (nq,). Without a renderer one line says
     so and nothing fails."""
-    save_gif(frames(model, qpos, [WRISTS[wrist]] * len(qpos)), path)
+    save_gif(frames(model, qpos, [wrist_of(wrist)] * len(qpos)), path)
 
 
 def frames(model, qpos, wrists, axes=None, every=2, size=(320, 320)):

@@ -81,17 +81,20 @@ class Task:
     """The reward and the privileged observation of one batch of `sim.Rotation` environments."""
 
     PAST = 3                     # control steps of joint positions and targets
-    KINDS = {"box": 0, "cylinder": 1}
+    KINDS = {"box": 0, "cylinder": 1}        # whatever is composed is neither
 
     def __init__(self, env):
         self.env = env
         self.goal = np.zeros((env.n, 4))
         self.past_q, self.past_target = (np.zeros((env.n, self.PAST, H.N)) for _ in range(2))
-        # half extents in dm, and which primitive the object is
+        # how far its parts reach, by their sizes as MuJoCo takes them, in dm; and its primitive
         self.shape = np.zeros((len(env.objects), 5))
-        for row, (kind, size, _, _) in zip(self.shape, (o.parts[0] for o in env.objects)):
-            row[:3] = 10 * np.resize([*size, size[-1]], 3)
-            row[3 + self.KINDS[kind]] = 1
+        for row, obj in zip(self.shape, env.objects):
+            for _, size, pos, _ in obj.parts:
+                reach = np.abs(pos) + np.resize([*size, size[-1]], 3)
+                row[:3] = np.maximum(row[:3], 10 * reach)
+            if len(obj.parts) == 1 and obj.parts[0][0] in self.KINDS:
+                row[3 + self.KINDS[obj.parts[0][0]]] = 1
         self.shape = self.shape[env.which]
         self.holds = np.ones(len(env.cells), bool)
         self.episodes = 0.0                              # per environment, finished or running
@@ -343,9 +346,8 @@ def simulate(policy, content, wrists, episodes, seed, title="simulate the policy
 
 # ---------------------------------------------------------------------------------------- PPO
 class Row(NamedTuple):
-    """One point of a training curve: the last CELL episodes of one kind of object at one wrist."""
-    kind: str
-    wrist: str
+    """One point of a training curve: the last CELL episodes of a cell."""
+    cell: tuple          # wrist, axis, family of objects
     steps: int           # control steps in all
     seconds: float       # of training
     turned: float        # rad per 20 s
@@ -355,10 +357,18 @@ class Row(NamedTuple):
     kl: float
 
 
+def group(cell, cells):
+    """How a cell is called where all of `cells` are shown: by what tells them apart, and wrists
+    only where there are few."""
+    apart = [len({other[k] for other in cells}) > 1 for k in range(len(cell))]
+    apart[0] &= len(cells) <= 8
+    return " ".join(word for word, shown in zip(cell, apart) if shown) or cell[0]
+
+
 class Curriculum:
-    """Counts finished episodes and raises `env.level` and `task.holds`, for each kind of object at
-    each wrist by itself: with one level for all, cylinders that turn well took cuboids to full
-    gravity before these had learned to turn, and there they never did."""
+    """Counts finished episodes and raises `env.level` and `task.holds`, for each cell by itself:
+    with one level for all, cylinders that turn well took cuboids to full gravity before these had
+    learned to turn, and there they never did."""
 
     def __init__(self, env, task):
         self.env, self.task = env, task
@@ -379,9 +389,9 @@ class Curriculum:
         self.turned[ended], self.born[ended] = 0, 0
 
     def raise_levels(self):
-        """Yields (kind, wrist, rad per 20 s, share held, level) of cells with enough episodes."""
+        """Yields (cell, rad per 20 s, share held, level) of cells with enough episodes."""
         env = self.env
-        for c, (wrist, kind) in enumerate(env.cells):
+        for c, cell in enumerate(env.cells):
             if len(self.recent[c]) < CELL:
                 continue
             turned, held = np.mean(self.recent[c], 0)
@@ -389,7 +399,7 @@ class Curriculum:
             self.task.holds[c] |= held > HOLDS
             if turned > RAISE_RAD and held > RAISE_HELD:
                 env.level[c] = min(1.0, env.level[c] + RAISE)
-            yield kind, wrist, float(turned), float(held), float(env.level[c])
+            yield cell, float(turned), float(held), float(env.level[c])
 
 
 def roll_out(oracle, env, task, curriculum, obs):
@@ -512,11 +522,11 @@ class Training:
         kl, clipped = update(self.oracle, self.optimizer, batch)
         self.steps += self.env.n * HORIZON
         self.seconds += time.monotonic() - began
-        for kind, wrist, turned, held, level in self.curriculum.raise_levels():
-            self.curve.append(Row(kind, wrist, self.steps, self.seconds, turned, held, level,
-                                  float(explained), kl))
-            # the best by what it turns against gravity, over the last few rows of every cell
-            enough = 6 * len(self.env.cells)
+        for cell, turned, held, level in self.curriculum.raise_levels():
+            self.curve.append(
+                Row(cell, self.steps, self.seconds, turned, held, level, float(explained), kl))
+            # the best by what it turns against gravity, over the last rows of every cell
+            enough = len(self.env.cells) * -(-24 // len(self.env.cells))
             recent = self.curve[-enough:]
             score = np.mean([row.turned * (0.2 + 0.8 * row.level) for row in recent])
             if score > self.best and len(recent) == enough:
@@ -527,11 +537,14 @@ class Training:
         return {name: tensor.clone() for name, tensor in self.oracle.state_dict().items()}
 
     def status(self):
-        """One line: rotation, holding and level per cell, noise, learning rate."""
-        latest = {(row.kind, row.wrist): row for row in self.curve}
+        """One line: rotation, holding and level per group of cells, noise, learning rate."""
+        groups = {}
+        for row in {row.cell: row for row in self.curve}.values():
+            groups.setdefault(group(row.cell, self.env.cells), []).append(row)
         cells = "  ".join(
-            f"{row.kind} {row.wrist}: {row.turned:.1f} rad {20 * row.held:.0f} s at {row.level:.2f}"
-            for row in latest.values())
+            f"{name}: {turned:.1f} rad {20 * held:.0f} s at {level:.2f}"
+            for name, rows in groups.items()
+            for turned, held, level in [np.mean([row[3:6] for row in rows], 0)])
         std, rate = self.oracle.log_std.exp().mean(), self.optimizer.param_groups[0]["lr"]
         return f"{cells}  std {std:.2f} lr {rate:.0e} blown up {self.env.blowups}"
 
@@ -541,8 +554,8 @@ class Training:
             self.path, "oracle", family=self.family, seed=self.seed, steps=self.steps,
             seconds=self.seconds, best=self.best, weights=self.best_weights or self._weights(),
             last=self.oracle.state_dict(), optimizer=self.optimizer.state_dict(),
-            curve=[list(row) for row in self.curve], wrists=self.env.wrists,
-            envs=self.env.n, env=self.env.snapshot(), torch_rng=torch.get_rng_state(),
+            curve=[list(row) for row in self.curve], cells=self.env.cells, envs=self.env.n,
+             env=self.env.snapshot(), torch_rng=torch.get_rng_state(),
             task={name: torch.as_tensor(value) for name, value in (
                 ("goal", task.goal), ("past_q", task.past_q), ("past_target", task.past_target),
                 ("holds", task.holds), ("episodes", task.episodes))},
@@ -552,7 +565,7 @@ class Training:
     def _resume(self, saved):
         try:
             self.oracle.load_state_dict(saved["last"])
-            if saved["wrists"] != self.env.wrists or saved["envs"] != self.env.n:
+            if saved["cells"] != self.env.cells or saved["envs"] != self.env.n:
                 raise KeyError
             self.env.restore(saved["env"])
             self.optimizer.load_state_dict(saved["optimizer"])
@@ -716,17 +729,20 @@ def clone(oracles, args, path):
 
 # ------------------------------------------------------------------------------------- results
 def draw_curve(path, curve):
-    """Rotation, holding and level over the steps of training, per kind of object and wrist."""
+    """Rotation, holding and level over the steps of training, per group of cells."""
     plt = sim.pyplot()
     figure, axes = plt.subplots(1, 3, figsize=(13, 3.6), layout="constrained")
     columns = (("turned", 1, "radians per 20 s"), ("held", 20, "time to fall, s"),
                ("level", 1, "level of the curriculum"))
-    for cell in dict.fromkeys((row.kind, row.wrist) for row in curve):
-        rows = [row for row in curve if (row.kind, row.wrist) == cell]
-        million = [row.steps / 1e6 for row in rows]
-        for axis, (name, scale, title) in zip(axes, columns):
-            values = [scale * getattr(row, name) for row in rows]
-            axis.plot(million, values, label=" ".join(cell), lw=1)
+    cells = list(dict.fromkeys(row.cell for row in curve))
+    for name in dict.fromkeys(group(cell, cells) for cell in cells):
+        rows = [row for row in curve if group(row.cell, cells) == name]
+        window = len({row.cell for row in rows})         # rows of its cells come about in turn
+        million = [row.steps / 1e6 for row in rows[window - 1:]]
+        for axis, (field, scale, title) in zip(axes, columns):
+            values = [scale * getattr(row, field) for row in rows]
+            axis.plot(million, np.convolve(values, np.ones(window) / window, "valid"), label=name,
+                      lw=1)
             axis.set_xlabel("million control steps")
             axis.set_title(title, fontsize=10)
     axes[0].legend(fontsize=8)
@@ -767,9 +783,10 @@ def arguments():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--family", nargs="+", default=["cylinder", "cuboid"],
                         help="an oracle for each; 'cuboid+cylinder' is one oracle for both")
-    parser.add_argument("--wrist", nargs="+", default=["palm_up", "palm_down"], choices=sim.WRISTS)
-    parser.add_argument("--axis", nargs="+", default=["+z", "-z"], choices=sim.AXES,
-                        type=sim.axis_name, help="+z or z+, and so on")
+    parser.add_argument("--wrist", nargs="+", default=["palm_up", "palm_down"],
+                        type=sim.wrist_name, help=f"{', '.join(sim.WRISTS)}, or any")
+    parser.add_argument("--axis", nargs="+", default=["+z", "-z"], type=sim.axis_name,
+                        help="+z or z+ and so on, 'x y z', or any")
     parser.add_argument("--steps", type=float, default=7.5e6,
                         help="control steps of each oracle (default 7.5e6)")
     parser.add_argument("--start", type=Path, help="the first begins with this oracle's weights")

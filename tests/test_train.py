@@ -110,19 +110,21 @@ def test_levels_rise_with_rotation_and_not_with_holding():
     env, task = environment(8)
     curriculum = T.Curriculum(env, task)
     assert not env.level.any() and not task.holds.any()
+    assert env.cells[0] == (env.wrists[0], env.axes[0], "cube")
     for turned, raised in ((0.0, False), (T.RAISE_RAD + 1, True)):
-        curriculum.recent = [[(turned, 1.0)] * T.CELL, [(turned, 0.3)] * T.CELL]
+        curriculum.recent = [[(turned, held)] * T.CELL for held in np.where(
+            np.arange(len(env.cells)) == 0, 1.0, 0.3)]
         rows = list(curriculum.raise_levels())
-        assert [row[:2] for row in rows] == [("box", wrist) for wrist in env.wrists]
-        assert curriculum.recent == [[], []]
-        assert (env.level > 0).tolist() == [raised, False]
-        assert task.holds.tolist() == [True, False]
+        assert [row[0] for row in rows] == env.cells
+        assert not any(curriculum.recent)
+        assert (env.level > 0).tolist() == [raised] + [False] * (len(env.cells) - 1)
+        assert task.holds.tolist() == [True] + [False] * (len(env.cells) - 1)
 
 
-def test_a_kind_that_is_easy_does_not_raise_the_level_of_a_hard_one():
-    objects = sim.objects_of("cube") + [sim.cylinder(0.055, 0.055)] * 3
+def test_a_family_that_is_easy_does_not_raise_the_level_of_a_hard_one():
+    objects = sim.objects_of("cube") + sim.objects_of("cylinder")[:3]
     env = sim.Rotation(12, objects, ["palm_up"], progress=False)
-    assert env.cells == [("palm_up", "box"), ("palm_up", "cylinder")]
+    assert env.cells == [("palm_up", "+z", "cube"), ("palm_up", "+z", "cylinder")]
     task = T.Task(env)
     curriculum = T.Curriculum(env, task)
     env.omega[:] = env.axis * np.where(env.which < 3, 0.01, 0.5)[:, None]
@@ -176,16 +178,28 @@ def test_an_interrupted_run_is_the_run_that_was_not_interrupted(tmp_path, monkey
 
 
 def test_a_run_may_begin_with_the_weights_of_another(tmp_path):
-    T.train_oracle("cube", arguments(tmp_path, steps=1), tmp_path / "first.pt")
-    args = arguments(tmp_path, start=tmp_path / "first.pt")
-    training = T.Training("cube", args, tmp_path / "second.pt")
-    first = T.load_checkpoint(args.start, "oracle")["weights"]
+    start = tmp_path / "first.pt"
+    T.train_oracle("cube", arguments(tmp_path, steps=1), start)
+    training = T.Training("cube", arguments(tmp_path), tmp_path / "second.pt", start)
+    first = T.load_checkpoint(start, "oracle")["weights"]
     assert all(torch.equal(value, first[name])
                for name, value in training.oracle.state_dict().items())
     assert training.steps == 0
-    args.start = tmp_path / "none.pt"
     with pytest.raises(H.Problem, match="none.pt is not there"):
-        T.Training("cube", args, tmp_path / "third.pt")
+        T.Training("cube", arguments(tmp_path), tmp_path / "third.pt", tmp_path / "none.pt")
+
+
+def test_the_second_family_begins_with_what_the_first_has_learned(tmp_path, monkeypatch):
+    begun = []
+    monkeypatch.setattr(T, "arguments", lambda: arguments(
+        tmp_path, family=["cube", "cuboid"], start=None))
+    monkeypatch.setattr(T, "train_oracle", lambda family, args, path, start: (
+        begun.append((path, start)), [], 0.0))
+    for name in ("draw_curve", "clone", "evaluate"):
+        monkeypatch.setattr(T, name, lambda *_: (None, 0.0))
+    T.main()
+    (first, nothing), (_, start) = begun
+    assert nothing is None and start == first
 
 
 def test_a_run_for_something_else_is_not_gone_on_with(tmp_path):
