@@ -30,8 +30,8 @@ from typing import NamedTuple
 # imported at all if it says egl and there is none.
 if sys.platform == "linux" and ctypes.util.find_library("EGL"):
     os.environ.setdefault("MUJOCO_GL", "egl")
-# Threads that spin while they wait take the cores from a second script: 8 times slower, both of
-# them. OpenMP reads this when torch is imported.
+# Threads that spin while they wait take the cores from a second script. OpenMP reads this when
+# torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import mujoco
 import numpy as np
@@ -390,7 +390,7 @@ def build(obj=None, *, links=H.LINKS, balls=None, wrist=(1, 0, 0, 0), cone="elli
 
     The contact settings are converged, see `tests/benchmark.py --only physics`: the elliptic cone
     with impratio 10 holds without slow slip (with the pyramidal cone and impratio 1 a policy learns
-    to live off the creep), and a contact's time constant of 20 ms is longer than three steps.
+    to live off the creep), and a contact's time constant of 20 ms is longer than two steps.
     """
     spec = mujoco.MjSpec()
     spec.compiler.degree = False
@@ -574,8 +574,7 @@ def observation(history, wrist, axis):
 
 
 # ------------------------------------------------------------------------- stepping in batches
-# What a designer cannot know. The first three are the paper's; results/README.md has what each of
-# the others costs at home and buys on a hand that differs.
+# What a designer cannot know. The first three are the paper's.
 PAPER = ("mass", "friction", "push")
 EVERYTHING = (*PAPER, "shape", "size", "centre", "wrist", "contact", "motor", "delay")
 MASS = 0.01, 0.05                # kg

@@ -2,6 +2,7 @@
 
     python train_policy.py                        # cylinders and cuboids, +-z, palm up and down
     python train_policy.py --family cube --wrist palm_up --axis z+ --steps 4e6 --out runs/cube
+    torchrun --nproc-per-node 2 train_policy.py   # with a process, and part of the hands, per core
 
 reads   nothing (grasps are sampled on first use and cached)
 writes  OUT/oracle-FAMILY.pt   one PPO specialist per object family, which sees everything that the
@@ -17,7 +18,9 @@ why; results/README.md has the measurements.
 """
 import argparse
 import hashlib
+import itertools
 import json
+import os
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -25,6 +28,7 @@ from typing import NamedTuple
 import sim                       # before torch: it sets how torch's threads wait
 import numpy as np
 import torch
+import torch.distributed
 import torch.nn as nn
 
 import hand as H
@@ -193,6 +197,28 @@ class Task:
         return torch.from_numpy(np.concatenate(rows, 1).astype(np.float32))
 
 
+# ---------------------------------------------------------------------------- several processes
+RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def average(*tensors):
+    """Replace tensors by their mean over the processes that torchrun has started."""
+    if RANKS == 1:
+        return
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    torch.distributed.all_reduce(flat)
+    for tensor, mean in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
+        tensor.copy_(mean.view_as(tensor) / RANKS)
+
+
+def gather(value):
+    """The values of all processes."""
+    values = [value] * RANKS
+    if RANKS > 1:
+        torch.distributed.all_gather_object(values, value)
+    return values
+
+
 # ----------------------------------------------------------------------------------- networks
 def mlp(*sizes):
     layers = []
@@ -211,7 +237,11 @@ class Normalizer(nn.Module):
         self.register_buffer("count", torch.tensor(1e-4))
 
     def update(self, x):
-        n, mean, var = x.shape[0], x.mean(0), x.var(0, unbiased=False)
+        n, mean, var = RANKS * x.shape[0], x.mean(0), x.var(0, unbiased=False)
+        if RANKS > 1:
+            square = var + mean ** 2
+            average(mean, square)
+            var = square - mean ** 2
         delta, total = mean - self.mean, self.count + n
         self.mean += delta * n / total
         between = delta ** 2 * self.count * n / total
@@ -367,8 +397,8 @@ def group(cell, cells):
 
 class Curriculum:
     """Counts finished episodes and raises `env.level` and `task.holds`, for each cell by itself:
-    with one level for all, cylinders that turn well took cuboids to full gravity before these had
-    learned to turn, and there they never did."""
+    one that learns fast would raise the level of one that has not learned to turn yet, and at full
+    gravity it never does."""
 
     def __init__(self, env, task):
         self.env, self.task = env, task
@@ -376,6 +406,7 @@ class Curriculum:
         task.holds[:] = False
         self.turned, self.born = np.zeros(env.n), np.zeros(env.n, int)
         self.recent = [[] for _ in env.cells]            # (rad per 20 s, share held)
+        self.new = []                                    # (cell, rad per 20 s, share held)
 
     def count(self, ended):
         """A control step was made, in which the episodes `ended` (n,) bool came to their end."""
@@ -385,12 +416,15 @@ class Curriculum:
             possible = EPISODE - self.born[i]            # first episodes begin in their middle
             held = max(env.steps[i] - self.born[i], 1) / possible
             turned = self.turned[i] * EPISODE / possible
-            self.recent[env.cell[i]].append((float(turned), float(held)))
+            self.new.append((int(env.cell[i]), float(turned), float(held)))
         self.turned[ended], self.born[ended] = 0, 0
 
     def raise_levels(self):
         """Yields (cell, rad per 20 s, share held, level) of cells with enough episodes."""
         env = self.env
+        for c, *episode in itertools.chain(*gather(self.new)):
+            self.recent[c].append(episode)
+        self.new = []
         for c, cell in enumerate(env.cells):
             if len(self.recent[c]) < CELL:
                 continue
@@ -466,13 +500,16 @@ def update(oracle, optimizer, batch):
             miss = (oracle.critic(part["obs"])[:, 0] - part["return"]).pow(2).mean()
             optimizer.zero_grad()
             (-surrogate + MEAN_COST * beyond + miss).backward()
+            average(*(weights.grad for weights in oracle.parameters()))
             actor = [*oracle.actor.parameters(), oracle.log_std]
             nn.utils.clip_grad_norm_(actor, CLIP_GRADIENT)
             nn.utils.clip_grad_norm_(oracle.critic.parameters(), CLIP_GRADIENT)
             optimizer.step()
             divergences.append((ratio - 1 - log_ratio).mean().item())
             clipped.append(((ratio - 1).abs() > CLIP).float().mean().item())
-    kl = float(np.mean(divergences[-MINIBATCHES:]))
+    kl = torch.tensor(np.mean(divergences[-MINIBATCHES:]))
+    average(kl)
+    kl = kl.item()
     for group in optimizer.param_groups:
         if kl > 2 * KL_TARGET:
             group["lr"] = max(group["lr"] / 1.5, SLOWEST)
@@ -487,8 +524,11 @@ class Training:
     def __init__(self, family, args, path, start=None):
         self.family, self.path, self.seed = family, path, args.seed
         torch.manual_seed(args.seed)
-        self.env = sim.Rotation(args.envs, sim.objects_of(family), args.wrist, args.axis,
-                                args.seed, randomize=args.randomize)
+        cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        self.env = sim.Rotation(
+            args.envs // RANKS, sim.objects_of(family), args.wrist, args.axis,
+            args.seed + 1000 * RANK, randomize=args.randomize, threads=max(cores, 1))
+        self.made = [self.env.cells, self.env.n, args.seed, sorted(args.randomize)]
         self.task = Task(self.env)
         self.curriculum = Curriculum(self.env, self.task)
         everyone = np.arange(self.env.n)
@@ -501,6 +541,8 @@ class Training:
         self.oracle = Oracle(self.obs.shape[1])
         self.optimizer = torch.optim.Adam(
             self.oracle.parameters(), lr=LEARNING_RATE, eps=1e-5, fused=True)
+        if RANK:                                         # same weights, other noise
+            torch.manual_seed(args.seed + 1000 * RANK)
         self.curve, self.steps, self.seconds = [], 0, 0.0
         self.best, self.best_weights = -1.0, None
         if path.exists():
@@ -520,8 +562,10 @@ class Training:
             advantages(self.oracle, batch, self.obs)
         explained = 1 - (batch["return"] - batch["value"]).var() / batch["return"].var()
         kl, clipped = update(self.oracle, self.optimizer, batch)
-        self.steps += self.env.n * HORIZON
-        self.seconds += time.monotonic() - began
+        self.steps += RANKS * self.env.n * HORIZON
+        spent = torch.tensor(time.monotonic() - began)
+        average(spent)                                   # they stop together
+        self.seconds += spent.item()
         for cell, turned, held, level in self.curriculum.raise_levels():
             self.curve.append(
                 Row(cell, self.steps, self.seconds, turned, held, level, float(explained), kl))
@@ -554,7 +598,7 @@ class Training:
             self.path, "oracle", family=self.family, seed=self.seed, steps=self.steps,
             seconds=self.seconds, best=self.best, weights=self.best_weights or self._weights(),
             last=self.oracle.state_dict(), optimizer=self.optimizer.state_dict(),
-            curve=[list(row) for row in self.curve], cells=self.env.cells, envs=self.env.n,
+            curve=[list(row) for row in self.curve], made=self.made,
              env=self.env.snapshot(), torch_rng=torch.get_rng_state(),
             task={name: torch.as_tensor(value) for name, value in (
                 ("goal", task.goal), ("past_q", task.past_q), ("past_target", task.past_target),
@@ -565,23 +609,30 @@ class Training:
     def _resume(self, saved):
         try:
             self.oracle.load_state_dict(saved["last"])
-            if saved["cells"] != self.env.cells or saved["envs"] != self.env.n:
+            if saved["made"] != self.made:
                 raise KeyError
-            self.env.restore(saved["env"])
             self.optimizer.load_state_dict(saved["optimizer"])
-            for name, value in saved["task"].items():
-                setattr(self.task, name, value.numpy() if value.ndim else value.item())
-            self.curriculum.turned = saved["turned"].numpy()
-            self.curriculum.born = saved["born"].numpy()
             self.curriculum.recent = saved["recent"]
+            if RANK:                         # other hands than the first process, at its levels
+                self.env.level[:] = saved["env"]["arrays"]["level"].numpy()
+                self.task.holds[:] = saved["task"]["holds"].numpy()
+            else:
+                self._resume_episodes(saved)
             self.steps, self.seconds = saved["steps"], saved["seconds"]
             self.best = saved["best"]
             self.best_weights = saved["weights"] if self.best > -1 else None
             self.curve = [Row(*row) for row in saved["curve"]]
         except (KeyError, RuntimeError, TypeError):
             raise H.Problem(f"{self.path} was trained for something else; choose another --out")
-        torch.set_rng_state(saved["torch_rng"])
         self.obs = self.task.observe()
+
+    def _resume_episodes(self, saved):
+        task, curriculum = self.task, self.curriculum
+        self.env.restore(saved["env"])
+        for name, value in saved["task"].items():
+            setattr(task, name, value.numpy() if value.ndim else value.item())
+        curriculum.turned, curriculum.born = saved["turned"].numpy(), saved["born"].numpy()
+        torch.set_rng_state(saved["torch_rng"])
 
 
 def train_oracle(family, args, path, start=None):
@@ -591,20 +642,41 @@ def train_oracle(family, args, path, start=None):
     training = Training(family, args, path, start)
     bar = sim.Progress(f"oracle {family}", args.steps, " steps")
     saved = time.monotonic()
-    limit = 48 * args.minutes / len(args.family) if args.minutes else np.inf
+    # four fifths of the time are for the oracles
+    limit = 0.8 * 60 * args.minutes / len(args.family) if args.minutes else np.inf
     while training.steps < args.steps and training.seconds < limit:
         losses = training.iterate()
+        if RANK:
+            continue
         bar(min(training.steps, args.steps), f"{training.status()}  {losses}")
         if time.monotonic() - saved > 60:
             saved = time.monotonic()
             training.save()
-    training.save()
+    if not RANK:
+        training.save()
+    gather(None)                                         # nobody reads it before it is there
     oracle = training.oracle
     oracle.load_state_dict(training.best_weights or oracle.state_dict())
     return oracle, training.curve, training.seconds
 
 
 # -------------------------------------------------------------------------------- the generalist
+def purpose(args):
+    return dict(
+        families=[name for family in args.family for name in family.split("+")],
+        wrists=args.wrist, axes=args.axis, seed=args.seed, steps=args.steps,
+        randomize=sorted(args.randomize))
+
+
+def for_the_same(path, args):
+    """The policy in `path`. Raises `Problem` unless it can be gone on with for `args`."""
+    saved = load_checkpoint(path, "policy")
+    same = all(saved.get(name) == value for name, value in purpose(args).items())
+    if not same or (saved["rounds"] < args.rounds and "optimizer" not in saved):
+        raise H.Problem(f"{path} was trained for something else; choose another --out or delete it")
+    return saved
+
+
 class Cloning:
     """One generalist from the oracles, on deployable observations, in rounds of one episode in
     every environment.
@@ -616,20 +688,18 @@ class Cloning:
 
     def __init__(self, oracles, args, path):
         self.oracles, self.args, self.path = oracles, args, path
-        self.purpose = dict(families=families_of(args), wrists=args.wrist, axes=args.axis)
+        self.purpose = purpose(args)
         torch.manual_seed(args.seed)
         self.student = Generalist()
         self.optimizer = torch.optim.Adam(self.student.parameters(), lr=CLONING_RATE, fused=True)
         self.rounds, self.seconds, self.data = 0, 0.0, []
         if path.exists():
-            self._resume(load_checkpoint(path, "policy"))
+            self._resume(for_the_same(path, args))
 
     def _file(self, number):
         return self.path.with_name(f"cloning-{number:02d}.npz")
 
     def _resume(self, saved):
-        if any(saved.get(name) != value for name, value in self.purpose.items()):
-            raise H.Problem(f"{self.path} was trained for something else; choose another --out")
         self.student.load_state_dict(saved["weights"])
         self.rounds, self.seconds = saved["rounds"], saved["seconds"]
         if self.rounds < self.args.rounds:
@@ -657,8 +727,8 @@ class Cloning:
         self.seconds += time.monotonic() - began
         save_checkpoint(
             self.path, "policy", config=self.student.config, weights=self.student.state_dict(),
-            optimizer=self.optimizer.state_dict(), seed=self.args.seed, rounds=self.rounds,
-            seconds=self.seconds, **self.purpose)
+            optimizer=self.optimizer.state_dict(), rounds=self.rounds, seconds=self.seconds,
+            **self.purpose)
         return (f"driven by the {'oracle' if cloning else 'student'}: "
                 f"{result['RotR'].mean() / sim.CONTROL_HZ:.1f} rad {result['TTF'].mean():.1f} s, "
                 f"loss {loss:.4f}")
@@ -707,24 +777,25 @@ class Cloning:
         return loss.item()
 
     def finish(self):
-        """A policy without what only training needs, as it is shipped."""
+        """Leave a policy without what only training needs, as it is shipped."""
         for number in range(self.rounds):
             self._file(number).unlink(missing_ok=True)
         save_checkpoint(
             self.path, "policy", config=self.student.config, weights=self.student.state_dict(),
-            seed=self.args.seed, rounds=self.rounds, seconds=self.seconds, **self.purpose)
-        return self.student.eval()
+            rounds=self.rounds, seconds=self.seconds, **self.purpose)
 
 
 def clone(oracles, args, path):
     """One generalist from `oracles`, a list of (family, oracle); goes on from `path`."""
     cloning = Cloning(oracles, args, path)
     bar = sim.Progress("generalist", args.rounds, " rounds")
-    limit = 12 * args.minutes if args.minutes else np.inf
+    limit = 0.2 * 60 * args.minutes if args.minutes else np.inf
     while cloning.rounds < args.rounds and cloning.seconds < limit:
         text = cloning.iterate()
         bar(cloning.rounds, text)
-    return cloning.finish(), cloning.seconds
+    if cloning.rounds >= args.rounds:
+        cloning.finish()
+    return cloning.student.eval(), cloning.seconds
 
 
 # ------------------------------------------------------------------------------------- results
@@ -774,10 +845,6 @@ def evaluate(policy, args, episodes=256):
     return results
 
 
-def families_of(args):
-    return [name for family in args.family for name in family.split("+")]
-
-
 def arguments():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -800,6 +867,8 @@ def arguments():
     args = parser.parse_args()
     for family in args.family:
         sim.objects_of(family)                           # raises on an unknown one
+    if args.seed < 0:
+        raise H.Problem("--seed must not be negative")
     if not args.steps > 0 or args.rounds < 1 or args.envs < 4:
         raise H.Problem("--steps and --rounds must be positive and --envs at least 4")
     if args.minutes is not None and not args.minutes > 0:
@@ -809,6 +878,10 @@ def arguments():
 
 def main():
     args = arguments()
+    if (args.out / "policy.pt").exists():                # not after hours
+        for_the_same(args.out / "policy.pt", args)
+    if RANKS > 1:
+        torch.distributed.init_process_group("gloo")
     curve, oracles, seconds, start = [], [], 0.0, args.start
     for family in args.family:
         path = args.out / f"oracle-{family.replace('+', '-')}.pt"
@@ -816,7 +889,12 @@ def main():
         start = path
         oracles.append((family, oracle))
         curve, seconds = curve + rows, seconds + spent
-        draw_curve(args.out / "curve.png", curve)
+        if not RANK:
+            draw_curve(args.out / "curve.png", curve)
+    if RANKS > 1:
+        torch.distributed.destroy_process_group()
+    if RANK:
+        return
     policy, spent = clone(oracles, args, args.out / "policy.pt")
     print(f"trained for {(seconds + spent) / 60:.0f} minutes")
     results = evaluate(policy, args)

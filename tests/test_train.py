@@ -1,5 +1,8 @@
 """Stage 1 from the inside: reward, observation, advantages, curriculum, and going on exactly."""
 import argparse
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -8,7 +11,7 @@ import torch
 import hand as H
 import sim
 import train_policy as T
-from conftest import CUBE
+from conftest import CUBE, ROOT
 
 pytestmark = pytest.mark.usefixtures("grasps")
 
@@ -177,6 +180,22 @@ def test_an_interrupted_run_is_the_run_that_was_not_interrupted(tmp_path, monkey
     assert not list((tmp_path / "interrupted").glob("cloning-*"))
 
 
+def test_a_policy_is_gone_on_with_only_for_the_same(tmp_path):
+    oracle = T.Oracle(217)
+    path = tmp_path / "policy.pt"
+    early = arguments(tmp_path, minutes=1e-9)
+    for rounds in (1, 2):                                    # stopped after no round, then gone on
+        cloning = T.Cloning([("cube", oracle)], early, path)
+        cloning.iterate()
+        assert cloning.rounds == rounds
+    T.clone([("cube", oracle)], arguments(tmp_path), path)
+    T.for_the_same(path, arguments(tmp_path))                # finished: nothing to do
+    for changes in (dict(rounds=4), dict(steps=2e9), dict(seed=1), dict(axis=["+z"]),
+                    dict(randomize=sim.PAPER), dict(family=["cuboid"])):
+        with pytest.raises(H.Problem, match="choose another --out"):
+            T.Cloning([("cube", oracle)], arguments(tmp_path, **changes), path)
+
+
 def test_a_run_may_begin_with_the_weights_of_another(tmp_path):
     start = tmp_path / "first.pt"
     T.train_oracle("cube", arguments(tmp_path, steps=1), start)
@@ -202,9 +221,38 @@ def test_the_second_family_begins_with_what_the_first_has_learned(tmp_path, monk
     assert nothing is None and start == first
 
 
+PROCESS = """
+import sys, torch, argparse, train_policy as T, sim
+args = argparse.Namespace(**eval(sys.argv[1]))
+torch.distributed.init_process_group("gloo")
+training = T.Training("cube", args, __import__("pathlib").Path(sys.argv[2]))
+seen = [T.gather(training.env.state.sum())]
+for _ in range(2):
+    training.iterate()
+seen += [T.gather([value.tolist() for value in training.oracle.state_dict().values()])]
+seen += [T.gather(training.optimizer.param_groups[0]["lr"]), T.gather(training.steps)]
+if not T.RANK:
+    other, *same = [first == second for first, second in seen]
+    print("differ" if not other else "alike", *same, training.steps)
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_two_processes_hold_the_same_weights_and_other_hands(tmp_path):
+    script = tmp_path / "process.py"
+    script.write_text(PROCESS)
+    run = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+         str(script), str(vars(arguments(None, envs=16))), str(tmp_path / "o.pt")],
+        cwd=ROOT, capture_output=True, text=True, timeout=300,
+        env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert run.stdout.split() == ["differ", "True", "True", "True", str(2 * 16 * T.HORIZON)], run
+
+
 def test_a_run_for_something_else_is_not_gone_on_with(tmp_path):
     path = tmp_path / "oracle.pt"
     T.train_oracle("cube", arguments(tmp_path, steps=1), path)
-    for changes in (dict(wrist=["palm_up"]), dict(envs=16)):
+    for changes in (dict(wrist=["palm_up"]), dict(envs=16), dict(axis=["+z"]), dict(seed=1),
+                    dict(randomize=sim.PAPER)):
         with pytest.raises(H.Problem, match="choose another --out"):
             T.train_oracle("cube", arguments(tmp_path, steps=1e3, **changes), path)
