@@ -3,10 +3,12 @@
     python tests/tables.py --errors runs/ndm*/table.json           # of fit_ndm.py: dynamics models
     python tests/tables.py --gaps results/sim*.json      # of deploy.py --compare --json
     python tests/tables.py --steer --port sim:0          # what it costs to be steered
+    python tests/tables.py --objects pictures/objects.png
 
 --gaps also draws bars: gap.png beside the first file. --steer lets the hand turn objects about +z,
 palm up, for 5 s; then axis, wrist or both change, as a person would change them with deploy.py
 --live; what counts is what it turns in the next 5 s, against the same episode without a change.
+--objects draws what the hand turns, a row for each family.
 """
 import argparse
 import json
@@ -21,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import deploy
 import hand as H
 import sim
+import mujoco
 
 # 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom
 T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
@@ -218,6 +221,48 @@ def steering_table(args):
     return lines
 
 
+def draw_objects(path):
+    """Every object of sim.py, drawn to the same scale in front of its family's name."""
+    plt = sim.pyplot()
+    # of one name are sizes of the same shape
+    families = {family: list({obj.name: obj for obj in objects}.values())
+                for family, objects in sim.FAMILIES.items()}
+    columns = max(map(len, families.values()))
+    figure, axes = plt.subplots(
+        len(families), columns, figsize=(0.8 * columns, 0.8 * len(families)),
+        gridspec_kw=dict(wspace=0, hspace=0, left=0.06, right=1, top=1, bottom=0))
+    for axis in axes.flat:
+        axis.axis("off")
+    for row, (family, objects) in zip(axes, families.items()):
+        row[0].axis("on")
+        row[0].set(xticks=[], yticks=[])
+        row[0].spines[:].set_visible(False)
+        row[0].set_ylabel(family, fontsize=8)
+        for axis, obj in zip(row, objects):
+            axis.imshow(portrait(obj))
+    sim.save_figure(figure, path)
+
+
+def portrait(obj, size=160):
+    """A picture (size, size, 3) of an object in the air."""
+    spec = mujoco.MjSpec()
+    spec.add_texture(
+        name="sky", type=mujoco.mjtTexture.mjTEXTURE_SKYBOX, width=8, height=8,
+        builtin=mujoco.mjtBuiltin.mjBUILTIN_FLAT, rgb1=(1, 1, 1), rgb2=(1, 1, 1))
+    spec.visual.headlight.ambient = spec.visual.headlight.diffuse = (0.5, 0.5, 0.5)
+    for kind, half, pos, quat in obj.parts:
+        spec.worldbody.add_geom(type=sim.GEOM_TYPE[kind], size=np.resize([*half, 0, 0], 3), pos=pos,
+                                quat=quat, rgba=(0.95, 0.6, 0.2, 1))
+    model = spec.compile()
+    data, camera = mujoco.MjData(model), mujoco.MjvCamera()
+    camera.distance, camera.azimuth, camera.elevation = 0.22 * H.SCALE, 130, -25
+    mujoco.mj_forward(model, data)
+    with mujoco.Renderer(model, size, size) as renderer:
+        renderer.update_scene(data, camera)
+        renderer.scene.flags[mujoco.mjtRndFlag.mjRND_HAZE] = 0
+        return renderer.render()
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -225,6 +270,7 @@ def main():
     tables.add_argument("--errors", nargs="+", type=Path, help="table.json files of fit_ndm.py")
     tables.add_argument("--gaps", nargs="+", type=Path, help="files of deploy.py --compare --json")
     tables.add_argument("--steer", action="store_true", help="change axis and wrist on the way")
+    tables.add_argument("--objects", type=Path, help="a picture of all objects")
     parser.add_argument("--port", default="sim:0")
     parser.add_argument("--policy", type=Path, default=Path("checkpoints/policy.pt"))
     parser.add_argument("--residual", type=Path, default=Path("checkpoints/residual.pt"))
@@ -232,6 +278,8 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     args = parser.parse_args()
+    if args.objects:
+        draw_objects(args.objects)
     if args.steer:
         print("\n".join(steering_table(args)))
     if args.errors:
