@@ -2,6 +2,8 @@
 
     python train_policy.py                        # cylinders and cuboids, +-z, palm up and down
     python train_policy.py --family cube --wrist palm_up --axis z+ --steps 4e6 --out runs/cube
+    python train_policy.py --everything --start checkpoints/oracle-cylinder.pt --out runs/all
+                                                  # every family, axis and wrist: days
     torchrun --nproc-per-node 2 train_policy.py   # with a process, and part of the hands, per core
 
 reads   nothing (grasps are sampled on first use and cached)
@@ -54,9 +56,11 @@ MEAN_COST = 0.01         # ...so they pay
 # rotating, not at holding: raised on survival alone a policy learns to hold still, and at full
 # gravity from the start it learns half a turn and a drop.
 HOLDS = 0.75
-RAISE_RAD, RAISE_HELD = 7.0, 0.6         # rad per 20 s and share of the episode held
+RAISE_RAD = {"x": 3.2, "y": 5.0, "z": 7.0, "other": 5.4}     # rad per 20 s: 45 % of the paper's
+RAISE_HELD = 0.6         # share of the episode
+LOWER = 0.5              # below this share of RAISE_RAD the level goes down again
 RAISE = 1 / 16
-CELL = 48                # episodes of one kind of object at one wrist, after which it may rise
+ENOUGH = 192, 12         # episodes of all cells, and at least of one, before its level may change
 
 # The generalist
 ROUNDS = 10              # of one episode in every environment
@@ -376,7 +380,7 @@ def simulate(policy, content, wrists, episodes, seed, title="simulate the policy
 
 # ---------------------------------------------------------------------------------------- PPO
 class Row(NamedTuple):
-    """One point of a training curve: the last CELL episodes of a cell."""
+    """One point of a training curve: the last episodes of a cell."""
     cell: tuple          # wrist, axis, family of objects
     steps: int           # control steps in all
     seconds: float       # of training
@@ -407,6 +411,7 @@ class Curriculum:
         self.turned, self.born = np.zeros(env.n), np.zeros(env.n, int)
         self.recent = [[] for _ in env.cells]            # (rad per 20 s, share held)
         self.new = []                                    # (cell, rad per 20 s, share held)
+        self.enough = max(ENOUGH[0] // len(env.cells), ENOUGH[1])
 
     def count(self, ended):
         """A control step was made, in which the episodes `ended` (n,) bool came to their end."""
@@ -426,13 +431,16 @@ class Curriculum:
             self.recent[c].append(episode)
         self.new = []
         for c, cell in enumerate(env.cells):
-            if len(self.recent[c]) < CELL:
+            if len(self.recent[c]) < self.enough:
                 continue
             turned, held = np.mean(self.recent[c], 0)
             self.recent[c] = []
             self.task.holds[c] |= held > HOLDS
-            if turned > RAISE_RAD and held > RAISE_HELD:
+            success = turned / RAISE_RAD.get(cell[1][1:], RAISE_RAD["other"])
+            if success > 1 and held > RAISE_HELD:
                 env.level[c] = min(1.0, env.level[c] + RAISE)
+            elif success < LOWER:
+                env.level[c] = max(0.0, env.level[c] - RAISE)
             yield cell, float(turned), float(held), float(env.level[c])
 
 
@@ -848,11 +856,13 @@ def evaluate(policy, args, episodes=256):
 def arguments():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--family", nargs="+", default=["cylinder", "cuboid"],
+    parser.add_argument("--everything", action="store_true",
+                        help="all families, wrists and axes, unless given")
+    parser.add_argument("--family", nargs="+",
                         help="an oracle for each; 'cuboid+cylinder' is one oracle for both")
-    parser.add_argument("--wrist", nargs="+", default=["palm_up", "palm_down"],
-                        type=sim.wrist_name, help=f"{', '.join(sim.WRISTS)}, or any")
-    parser.add_argument("--axis", nargs="+", default=["+z", "-z"], type=sim.axis_name,
+    parser.add_argument("--wrist", nargs="+", type=sim.wrist_name,
+                        help=f"{', '.join(sim.WRISTS)}, or any")
+    parser.add_argument("--axis", nargs="+", type=sim.axis_name,
                         help="+z or z+ and so on, 'x y z', or any")
     parser.add_argument("--steps", type=float, default=7.5e6,
                         help="control steps of each oracle (default 7.5e6)")
@@ -865,6 +875,10 @@ def arguments():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/policy"))
     args = parser.parse_args()
+    lesson = ["cylinder", "cuboid"], ["palm_up", "palm_down"], ["+z", "-z"]
+    everything = [*lesson[0], "long", "small", "complex"], [*sim.WRISTS, "any"], [*sim.AXES, "any"]
+    for name, *usual in zip(("family", "wrist", "axis"), lesson, everything):
+        setattr(args, name, getattr(args, name) or usual[args.everything])
     for family in args.family:
         sim.objects_of(family)                           # raises on an unknown one
     if args.seed < 0:

@@ -200,9 +200,9 @@ def jitter(args):
 
 
 def bus(args):
-    # bytes: fast sync read of 10 bytes from 16 motors, their one long answer, sync write of 4
-    # bytes to each; 10 bits a byte
-    least = (14 + 16 + 8 + 16 * (10 + 4) + 14 + 16 * 5) * 10 / 4e6
+    # bytes: sync read of 10 bytes from 16 motors, their answers, sync write of 4 bytes to each; 10
+    # bits a byte
+    least = (14 + 16 + 16 * (11 + 10) + 14 + 16 * 5) * 10 / 4e6
     with hand_on_a_bus() as hand:
         q = hand.read().q
         spent = [seconds(lambda: (hand.read(), hand.command(q)))

@@ -336,7 +336,8 @@ def stage(**changes):
         omega=np.zeros((1, 3)), axis=np.array([[0, 0, 1.0]]), quat=np.array([[1.0, 0, 0, 0]]),
         vel=np.zeros((1, 6)), pos=np.zeros((1, 3)), home=np.zeros((1, 3)),
         contact=np.zeros((1, 4, 4)), fallen=np.zeros(1, bool), objects=CUBE[:1],
-        which=np.zeros(1, int), wrists=[0], cell=np.zeros(1, int), cells=[0], zero=np.zeros((1, 16)))
+        which=np.zeros(1, int), wrists=[0], cell=np.zeros(1, int), cells=[0],
+        zero=np.zeros((1, 16)))
     task = T.Task(env)
     task.episodes = 100
     vars(env).update({name: np.array([value]) for name, value in changes.items()})
@@ -869,7 +870,7 @@ def distances(trials, differs):
 
 
 def test_a_virtual_hand_that_differs_in_nothing_does_what_the_simulator_does():
-    """Nearly: it runs at 240 Hz instead of 200 and lets the fingers close first. One that differs
+    """Nearly: it runs at 240 Hz instead of 120 and lets the fingers close first. One that differs
     is several times as far."""
     trials = sim.trials(CUBE[1:2], "palm_up", ["+z"], 12, 5)
     trials = [t._replace(pushes=0.2 * t.pushes) for t in trials]
