@@ -35,7 +35,6 @@ import sim
 from sim import EPISODE
 from train_policy import digest, load_policy, simulate
 
-SECONDS = EPISODE / H.CONTROL_HZ
 SIGMA = 0.01           # rad, noise on the targets of half of the trajectories
 SEQUENCES = 192        # that differ; then the first comes again, with other balls and other noise
 BLOCK = 48             # episodes simulated at once
@@ -242,19 +241,22 @@ def run(job, hand, workers, policy, content):
                 say(f"trajectory {outcome.index}: {text}")
             jams += len(outcome.jams)
             faults += outcome.faults
-            row = row + 1 if outcome.lag is None else 0
+            if outcome.lag is None:
+                given_up.add(outcome.index)
+                row += 1
+            else:
+                saved.add(outcome.index)
+                row = 0
             if row == IN_A_ROW:
                 raise H.Problem(
                     f"{row} trajectories in a row jammed at all {ATTEMPTS} attempts (see "
                     f"{log.name}): the box is too full, or something holds a finger. Take a few "
                     f"balls out, delete {job.folder}/*.jammed and run this again")
-            (given_up if row else saved).add(outcome.index)
             bar(len(saved) + len(given_up),
                 f"lag {outcome.lag or 0:.3f} rad, {1000 * outcome.current:.0f} mA, "
                 f"{jams} jams, {faults} faults")
-        text = (f"{len(saved)} trajectories ({len(saved) * SECONDS / 3600:.2f} h) in {job.folder}: "
-                f"{len(saved) - before} new, {jams} jams, {faults} faults, "
-                f"{len(given_up)} given up")
+        text = (f"{len(saved)} trajectories in {job.folder}: {len(saved) - before} new, "
+                f"{jams} jams, {faults} faults, {len(given_up)} given up")
         say(f"end: {text}")
         print(text)
 
@@ -285,14 +287,16 @@ def jobs_of(args, wrists):
     if args.out and len(wrists) > 1:
         raise H.Problem(f"--out is the folder of one wrist, and these are {', '.join(wrists)}: "
                         "choose one with --wrist")
-    total, policy = round(args.hours * 3600 / SECONDS / len(wrists)), digest(args.policy)
+    steps = args.hours * 3600 * H.CONTROL_HZ
+    total = max(1, round(steps / EPISODE / len(wrists)))
+    policy = digest(args.policy)
     port = args.port.replace("/", "_").replace(":", "")
     jobs = []
     for wrist in wrists:
         folder = args.out or Path("data") / "-".join([port, wrist, args.load, args.source])
         facts = dict(hand=H.HAND, wrist=wrist, load=args.load, source=args.source, seed=args.seed,
                      port=args.port, policy=policy)
-        jobs.append(Job(folder, max(1, total), facts))
+        jobs.append(Job(folder, total, facts))
     return jobs
 
 

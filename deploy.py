@@ -35,7 +35,6 @@ import os
 import queue
 import re
 import shutil
-import signal
 import sys
 import threading
 from pathlib import Path
@@ -92,7 +91,7 @@ def save_episode(args, data, wrist, load, index):
         sim.save_npz(
             args.record / f"{index:05d}.npz", **data, hand=H.HAND, wrist=wrist, load=load,
             source="base" if args.base else "base + residual", seed=args.seed, port=args.port,
-            policy=digest(args.policy), index=index, sigma=0.0)
+            policy=digest(args.policy), index=index, sequence=index, sigma=0.0)
 
 
 # ---------------------------------------------------------------------- measured, on virtual hands
@@ -140,10 +139,9 @@ def measured_episode(job):
     return {name: float(value[0]) for name, value in referee.result().items()}
 
 
-def on_the_hand(pool, args, trials, residual, film):
-    """The trials of one wrist on the virtual hand, on all cores: dict of (n,) arrays. `film` is
-    the GIF of the first one."""
-    wrist = trials[0].wrist
+def on_the_hand(pool, args, trials, residual):
+    """The trials of one wrist on the virtual hand, on all cores: dict of (n,) arrays."""
+    wrist, film = trials[0].wrist, args.gif
     if film and len(args.wrist) > 1:
         film = film.with_stem(f"{film.stem}-{wrist}")
     first = 10000 * args.wrist.index(wrist)
@@ -177,9 +175,9 @@ def on_a_virtual_hand(args, policy, content):
             if args.compare:
                 part["ceiling"] = in_training(args, trials, objects, policy)
             if args.compare or args.base:
-                part["base"] = on_the_hand(pool, args, trials, None, args.base and args.gif)
+                part["base"] = on_the_hand(pool, args, trials, None)
             if not args.base:
-                part["residual"] = on_the_hand(pool, args, trials, args.residual, args.gif)
+                part["residual"] = on_the_hand(pool, args, trials, args.residual)
     mean = {kind: {m: np.mean([part[kind][m] for part in parts.values()], 0) for m in METRICS}
             for kind in part}
     wrists = {wrist: summary(part) for wrist, part in parts.items()}
@@ -278,7 +276,8 @@ def on_a_real_hand(args, policy, residual):
             lag, current = np.abs(data["target"] - data["q"]), np.abs(data["current"])
             print(f"episode {number}: {len(data['q'])} steps, lag {lag.mean():.3f} rad, "
                   f"{1000 * current.mean():.0f} mA")
-            save_episode(args, data, wrist, "object", number - 1)
+            recorded = list(args.record.glob("*.npz")) if args.record else []
+            save_episode(args, data, wrist, "object", len(recorded))
 
 
 # ------------------------------------------------------------------------------ see it, steer it
@@ -416,7 +415,6 @@ def read_some(fd, keys):
 
 def keys_one_by_one():
     """The terminal gives every key at once and unseen, until this script ends."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     if os.name != "nt":
         import termios
         import tty
@@ -573,6 +571,9 @@ def arguments():
     args = parser.parse_args()
     args.port = sim.resolve_port(args.port)
     args.wrist = list(dict.fromkeys(args.wrist))
+    virtual = args.port.startswith("sim:")
+    if args.live or not virtual:                 # one after the other
+        args.wrist, args.axis = args.wrist[:1], args.axis[:1]
     if min(args.episodes, args.workers) < 1 or args.seed < 0:
         raise H.Problem("--episodes and --workers must be at least 1, --seed at least 0")
     if args.live and (args.compare or args.record or args.json):
@@ -581,7 +582,7 @@ def arguments():
     if args.compare and (args.base or args.record):
         raise H.Problem("--compare runs with and without the residual: it goes with neither "
                         "--base nor --record")
-    if not args.port.startswith("sim:") and (args.compare or args.gif or args.json):
+    if not virtual and (args.compare or args.gif or args.json):
         raise H.Problem("--compare, --gif and --json need to see the object, which only a "
                         "virtual hand can: --port sim:SEED")
     return args
@@ -604,8 +605,6 @@ def main():
     args = arguments()
     policy, content = load_policy(args.policy)
     residual, fitted = (None, None) if args.base else load_residual(args.residual)
-    if args.live:
-        args.wrist, args.axis = args.wrist[:1], args.axis[:1]
     note_what_differs(args, content, fitted)
     if args.live:
         live(args, policy, residual, content)

@@ -317,10 +317,8 @@ def load_shards(folders):
         if not files:
             raise H.Problem(f"{folder} holds no trajectories; run collect.py first, or name the "
                             "folder that it printed")
-        for number, file in enumerate(files):
-            data = sim.load_npz(file)
-            if not {"q", "target", "hand", "port"} <= set(data):
-                raise H.Problem(f"{file} was not written by collect.py or deploy.py")
+        for file in files:
+            data = sim.load_npz(file, "q", "target", "hand", "port", "sequence")
             if str(data["hand"]) != H.HAND:
                 raise H.Problem(f"{file} was recorded on the hand {data['hand']}, not {H.HAND}")
             if not data["q"].shape == data["target"].shape == (sim.EPISODE, H.N):
@@ -328,7 +326,7 @@ def load_shards(folders):
                                 f"not {(sim.EPISODE, H.N)}")
             q.append(data["q"])
             a.append(data["target"])
-            sequence.append(int(data.get("sequence", number)))
+            sequence.append(int(data["sequence"]))
             ports[str(data["port"])] = file
     if len(ports) > 1:
         raise H.Problem(f"these are of several hands ({', '.join(map(str, ports.values()))}): "
@@ -448,9 +446,10 @@ def arguments():
         help="price of a correction, and of its change in a step, against the error")
     add("--seed", type=int, default=0)
     args = parser.parse_args()
-    if min(args.steps, args.residual_steps, args.episodes) < 1 or args.seed < 0:
-        raise H.Problem("--steps, --residual-steps and --episodes must be positive, "
-                        "--seed not negative")
+    if min(args.steps, args.residual_steps, args.episodes) < 1:
+        raise H.Problem("--steps, --residual-steps and --episodes must be positive")
+    if args.seed < 0 or not args.cost >= 0:
+        raise H.Problem("--seed and --cost must not be negative")
     args.data = args.data or sorted(Path("data").glob("*-balls-policy"))
     if not args.data:
         raise H.Problem("there is no data/*-balls-policy; run collect.py first, or name its "

@@ -456,9 +456,9 @@ def test_deploy_records_what_fit_ndm_reads_and_is_the_same_again(pipeline, toy_p
         assert q.shape == (len(recorded), 400, 16)
 
 
-def on_a_real_hand(policy, episodes=2):
-    args = argparse.Namespace(port="/dev/hand", wrist=[WRIST], axis=["+z"], episodes=episodes,
-                              record=None, base=True)
+def on_a_real_hand(policy, record=None):
+    args = argparse.Namespace(port="/dev/hand", wrist=[WRIST], axis=["+z"], episodes=2,
+                              record=record, base=True, seed=0, policy=policy)
     deploy.on_a_real_hand(args, train_policy.load_policy(policy)[0], None)
 
 
@@ -477,6 +477,14 @@ def test_after_a_fault_of_the_bus_deploy_offers_to_go_on(real, toy_policy, capsy
     real(FakeHand(realtime=True, faulty=(100,)))
     with pytest.raises(H.BusError):                          # nobody is there to put it back
         on_a_real_hand(toy_policy)
+
+
+def test_a_second_session_keeps_what_the_first_recorded(real, toy_policy, tmp_path):
+    for count in (2, 4):
+        real(FakeHand(realtime=True))
+        on_a_real_hand(toy_policy, tmp_path)
+        assert [p.name for p in shards(tmp_path)] == [f"{i:05d}.npz" for i in range(count)]
+    assert fit_ndm.load_shards([tmp_path])[2].tolist() == [0, 1, 2, 3]
 
 
 def test_deploy_saves_with_the_hand_at_rest(real, toy_policy, tmp_path, monkeypatch):
@@ -623,6 +631,7 @@ def bad_inputs(tmp, policy):
                                    "sim:9"),
         "too few": (fit(shard(tmp / "few")), "too few"),
         "negative seed": (("--seed=-1", *fit(many)), "--seed"),
+        "no price": (("--cost", "nan", *fit(many)), "--cost"),
     }
     deploying = {
         "no policy": ((*virtual, *missing), "missing.pt is not there"),
