@@ -1,7 +1,6 @@
 """Stage 2: a hand collects data alone in the Chaos Box, a box of soft balls.
 
     python collect.py --hours 2                       # the attached hand, or else sim:0
-    python collect.py --hours 8 --port /dev/ttyUSB0 --wrist palm_down
     python collect.py --hours 1 --port sim:7 --load none --source waves       # for comparison
 
 reads   checkpoints/policy.pt: the joint targets that it sends in simulation are replayed open loop;
@@ -14,7 +13,6 @@ writes  for every wrist that the policy knows a folder data/PORT-WRIST-LOAD-SOUR
                         index, sequence (its number in sequences.npz), sigma (rad, of the noise)
         00017.jammed    instead of one in which a joint jammed at every attempt
         log.txt         a line per event
-        film.gif        the first trajectory of a virtual hand
 
 Run it again and it goes on after the last whole trajectory. Errors of the bus, a motor's reboot or
 an unplugged adapter cost the running trajectory, nothing more.
@@ -37,7 +35,6 @@ import sim
 from sim import EPISODE
 from train_policy import digest, load_policy, simulate
 
-SECONDS = EPISODE / H.CONTROL_HZ
 SIGMA = 0.01           # rad, noise on the targets of half of the trajectories
 SEQUENCES = 192        # that differ; then the first comes again, with other balls and other noise
 BLOCK = 48             # episodes simulated at once
@@ -85,7 +82,8 @@ def sequences(job, policy, content):
         else:
             title = f"{facts['wrist']}: sequences {len(found)}/{needed}"
             block = simulate(policy, content, [facts["wrist"]], BLOCK, seed, title)["a"].numpy()
-        found, blocks = np.concatenate([found, block]), blocks + 1
+        found = np.concatenate([found, block])
+        blocks += 1
         if blocks >= 4 and len(found) < blocks * BLOCK / 20:
             raise H.Problem(
                 f"the policy held the object {len(found)} times in {blocks * BLOCK} episodes "
@@ -96,19 +94,18 @@ def sequences(job, policy, content):
 
 class Replay:
     """Sends targets (400, N) rad open loop, whatever the joints do, and notices a jam: `act` and
-    `watch` are for `hand.drive`. With `film` it keeps the configurations of a virtual hand."""
+    `watch` are for `hand.drive`."""
 
-    def __init__(self, targets, film=False):
-        self.targets, self.film = iter(targets), [] if film else None
-        self.late, self.jammed = np.zeros(H.N, int), ""
+    def __init__(self, targets):
+        self.targets = iter(targets)
+        self.late = np.zeros(H.N, int)       # control steps
+        self.jammed = ""
 
     def act(self, q):
         self.q = q
         return next(self.targets)
 
     def watch(self, hand):
-        if self.film is not None:
-            self.film.append(hand.qpos())
         lag = np.abs(hand.target - self.q)
         self.late = np.where(lag > JAM, self.late + 1, 0)
         if self.late.max() < JAM_STEPS:
@@ -142,7 +139,7 @@ def trajectory(hand, job, index, sequence):
         rng = np.random.default_rng([job.facts["seed"], index, attempt])
         sigma = SIGMA if rng.random() < 0.5 else 0.0
         targets = sequence + rng.normal(0, sigma, sequence.shape)
-        replay = Replay(targets, film=index == 0 and not hand.realtime)
+        replay = Replay(targets)
         if not hand.realtime:
             hand.place(sequence[0], stir=ATTEMPTS * index + attempt)
         hand.move_to(sequence[0])
@@ -156,12 +153,10 @@ def trajectory(hand, job, index, sequence):
         with H.atomic_file(path.with_suffix(".jammed"), "w") as file:
             file.write("\n".join(jams) + "\n")
         return Outcome(index, jams)
-    if replay.film:
-        sim.film(hand.model(), replay.film[:200], job.folder / "film.gif", job.facts["wrist"])
     sim.save_npz(path.with_suffix(".npz"), **data, **job.facts, index=index,
                  sequence=index % SEQUENCES, sigma=sigma)
-    lag, current = np.abs(data["target"] - data["q"]), np.abs(data["current"])
-    return Outcome(index, jams, lag.mean(), current.mean())
+    lag = np.abs(data["target"] - data["q"]).mean()
+    return Outcome(index, jams, lag, np.abs(data["current"]).mean())
 
 
 def there(job):
@@ -182,6 +177,12 @@ def missing(job):
     return sorted(set(range(job.total)).difference(*there(job)))
 
 
+def processes(workers):
+    """A pool of processes that leave Ctrl-C to this one."""
+    context = multiprocessing.get_context("spawn")
+    return context.Pool(workers, signal.signal, (signal.SIGINT, signal.SIG_IGN))
+
+
 @functools.cache
 def virtual_hand(port, wrist, load):
     """A worker process keeps its virtual hand."""
@@ -189,18 +190,17 @@ def virtual_hand(port, wrist, load):
     return sim.open_hand(port, wrist=wrist, load=load)
 
 
-def on_a_worker(job, index, sequence):
+def on_a_worker(task):
+    job, index, sequence = task
     hand = virtual_hand(*(job.facts[name] for name in ("port", "wrist", "load")))
     return trajectory(hand, job, index, sequence)
 
 
 def on_virtual_hands(workers, job, todo, targets):
-    """Yields the `Outcome` of every trajectory in `todo`."""
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(workers, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
-        results = [pool.apply_async(on_a_worker, (job, i, targets[i % SEQUENCES])) for i in todo]
-        for result in results:
-            yield result.get()
+    """As `on_a_real_hand`, on all cores."""
+    with processes(workers) as pool:
+        tasks = [(job, index, targets[index % SEQUENCES]) for index in todo]
+        yield from pool.imap(on_a_worker, tasks)
 
 
 def on_a_real_hand(hand, job, todo, targets, say):
@@ -224,38 +224,39 @@ def on_a_real_hand(hand, job, todo, targets, say):
 
 def run(job, hand, workers, policy, content):
     """Collect what is missing; `hand` is None for a virtual one, which every process has."""
-    todo, (saved, jammed) = missing(job), map(len, there(job))
-    targets = sequences(job, policy, content) if todo else None
-    job.folder.mkdir(parents=True, exist_ok=True)
-    new, jams, faults, row = [], 0, 0, 0
+    saved, given_up = there(job)
+    todo, before = missing(job), len(saved)
+    targets = sequences(job, policy, content)
+    jams, faults, row = 0, 0, 0
     bar = sim.Progress(f"collect {job.facts['port']} {job.facts['wrist']}", job.total)
-    bar(saved + jammed)
+    bar(len(saved) + len(given_up))
     with open(job.folder / "log.txt", "a") as log:
         def say(text):
             print(time.strftime("%F %T"), text, file=log, flush=True)
 
-        say(f"start: {saved} of {job.total} trajectories there")
+        say(f"start: {before} of {job.total} trajectories there")
         for outcome in (on_a_real_hand(hand, job, todo, targets, say) if hand
-                        else on_virtual_hands(workers, job, todo, targets) if todo else ()):
+                        else on_virtual_hands(workers, job, todo, targets)):
             for text in outcome.jams:
                 say(f"trajectory {outcome.index}: {text}")
-            jams, faults = jams + len(outcome.jams), faults + outcome.faults
+            jams += len(outcome.jams)
+            faults += outcome.faults
             if outcome.lag is None:
-                jammed, row = jammed + 1, row + 1
+                given_up.add(outcome.index)
+                row += 1
             else:
+                saved.add(outcome.index)
                 row = 0
-                new.append(outcome)
             if row == IN_A_ROW:
                 raise H.Problem(
                     f"{row} trajectories in a row jammed at all {ATTEMPTS} attempts (see "
                     f"{log.name}): the box is too full, or something holds a finger. Take a few "
                     f"balls out, delete {job.folder}/*.jammed and run this again")
-            lag, current = np.mean([(o.lag, o.current) for o in new[-50:]] or [(0, 0)], 0)
-            bar(saved + len(new) + jammed, f"lag {lag:.3f} rad, {1000 * current:.0f} mA, "
+            bar(len(saved) + len(given_up),
+                f"lag {outcome.lag or 0:.3f} rad, {1000 * outcome.current:.0f} mA, "
                 f"{jams} jams, {faults} faults")
-        total = saved + len(new)
-        text = (f"{total} trajectories ({total * SECONDS / 3600:.2f} h) in {job.folder}: "
-                f"{len(new)} new, {jams} jams, {faults} faults, {jammed} given up")
+        text = (f"{len(saved)} trajectories in {job.folder}: {len(saved) - before} new, "
+                f"{jams} jams, {faults} faults, {len(given_up)} given up")
         say(f"end: {text}")
         print(text)
 
@@ -277,8 +278,8 @@ def arguments():
     add("--workers", type=int, default=os.cpu_count(), help="processes, virtual hand only")
     args = parser.parse_args()
     args.port = sim.resolve_port(args.port)
-    if not 0 < args.hours < 1e4 or args.workers < 1:
-        raise H.Problem("--hours and --workers must be positive")
+    if not 0 < args.hours < 1e4 or args.workers < 1 or args.seed < 0:
+        raise H.Problem("--hours and --workers must be positive, --seed not negative")
     return args
 
 
@@ -286,14 +287,16 @@ def jobs_of(args, wrists):
     if args.out and len(wrists) > 1:
         raise H.Problem(f"--out is the folder of one wrist, and these are {', '.join(wrists)}: "
                         "choose one with --wrist")
-    total, policy = round(args.hours * 3600 / SECONDS / len(wrists)), digest(args.policy)
+    steps = args.hours * 3600 * H.CONTROL_HZ
+    total = max(1, round(steps / EPISODE / len(wrists)))
+    policy = digest(args.policy)
     port = args.port.replace("/", "_").replace(":", "")
     jobs = []
     for wrist in wrists:
         folder = args.out or Path("data") / "-".join([port, wrist, args.load, args.source])
-        jobs.append(Job(folder, max(1, total), dict(
-            hand=H.HAND, wrist=wrist, load=args.load, source=args.source, seed=args.seed,
-            port=args.port, policy=policy)))
+        facts = dict(hand=H.HAND, wrist=wrist, load=args.load, source=args.source, seed=args.seed,
+                     port=args.port, policy=policy)
+        jobs.append(Job(folder, total, facts))
     return jobs
 
 
@@ -302,14 +305,17 @@ def main():
     policy, content = load_policy(args.policy)
     jobs = jobs_of(args, list(dict.fromkeys(args.wrist or content["wrists"])))
     lacking = [job for job in jobs if missing(job)]
+    for job in jobs:
+        if job not in lacking:
+            print(f"{job.folder} is complete")
     if args.port.startswith("sim:"):
         torch.set_num_threads(1)
-        for job in jobs:
+        for job in lacking:
             run(job, None, args.workers, policy, content)
         return
     watched = sys.stdin.isatty()
     with sim.open_hand(args.port) as hand:
-        for i, job in enumerate(lacking or jobs):
+        for i, job in enumerate(lacking):
             later = ", ".join(other.facts["wrist"] for other in lacking[i + 1:])
             print(f"now {job.facts['wrist']}{later and ', then '}{later}", flush=True)
             if len(jobs) > 1 and watched:

@@ -2,11 +2,9 @@ r"""Stage 4: the policy, with or without the residual, on the hand at 20 Hz.
 
     python deploy.py --port sim:1 --wrist palm_down --episodes 3 --gif hand.gif
     python deploy.py --port sim:1 --compare --json results/sim1.json   # ceiling, base, residual
-    python deploy.py --port sim:1:motor+shape --compare           # a hand that differs only there
     python deploy.py --port sim:1 --base --record data/sim1-task       # for fit_ndm.py --test
     python deploy.py --port /dev/ttyUSB0 --wrist palm_up --axis +z     # a real hand
-    python deploy.py --live             # see it, steer it, in a window or as text
-    python deploy.py --live --port /dev/ttyUSB0                   # the same keys steer a real hand
+    python deploy.py --live             # see it, steer it, in a window or as text; any hand
     printf 'wait 5\naxis 0 0 -1\nwait 5\n' | python deploy.py --live --gif live.gif
 
 Keys of --live, in the terminal; standard input that is no terminal is read as words instead, one
@@ -26,20 +24,17 @@ A virtual hand is also measured: RotR = sum over steps of omega . k (RotR / 20 =
 TTF = seconds until the object fell, RotP = mean of |omega x k|. --compare gives the same trials
 (object, mass, friction, grasp, axis, pushes) to the training simulator, which is the ceiling, to
 the hand, and to the hand with the residual; so what counts are differences within trials:
-recovered = (residual - base) / (ceiling - base) in RotR. `tests/tables.py --gaps` makes one table
-of the --json files of several hands.
+recovered = (residual - base) / (ceiling - base) in RotR.
 """
 import argparse
 import atexit
 import functools
 import itertools
 import json
-import multiprocessing
 import os
 import queue
 import re
 import shutil
-import signal
 import sys
 import threading
 from pathlib import Path
@@ -49,6 +44,7 @@ import torch
 
 import hand as H
 import sim
+from collect import processes
 from fit_ndm import load_residual
 from train_policy import act, digest, load_policy
 
@@ -95,7 +91,7 @@ def save_episode(args, data, wrist, load, index):
         sim.save_npz(
             args.record / f"{index:05d}.npz", **data, hand=H.HAND, wrist=wrist, load=load,
             source="base" if args.base else "base + residual", seed=args.seed, port=args.port,
-            policy=digest(args.policy), index=index, sigma=0.0)
+            policy=digest(args.policy), index=index, sequence=index, sigma=0.0)
 
 
 # ---------------------------------------------------------------------- measured, on virtual hands
@@ -110,9 +106,9 @@ def begin(port, trial, policy, residual):
     """The virtual hand at `port` with a trial in its fingers, its controller and its `Referee`."""
     hand = sim.open_hand(port, wrist=trial.wrist, load=trial.obj)
     hand.begin(trial)
+    controller = Controller(policy, residual, trial.wrist, trial.axis, trial.grasp[H.N + 7:])
     place = hand.object_qpos()[None]
-    return (hand, Controller(policy, residual, trial.wrist, trial.axis, trial.grasp[H.N + 7:]),
-            sim.Referee([sim.AXES[trial.axis]], place[:, :3], place[:, 3:]))
+    return hand, controller, sim.Referee([sim.AXES[trial.axis]], place[:, :3], place[:, 3:])
 
 
 def still_held(hand, referee):
@@ -123,9 +119,8 @@ def still_held(hand, referee):
 
 def measured_episode(job):
     """One trial on a virtual hand, in a worker process; returns what `Referee` says."""
-    args, trial, corrected, index, picture = job
-    hand, controller, referee = begin(
-        args.port, trial, *networks(args.policy, args.residual if corrected else None))
+    args, trial, residual, index, picture = job
+    hand, controller, referee = begin(args.port, trial, *networks(args.policy, residual))
     pushes, film = iter(trial.pushes), []
 
     def pushed(q):
@@ -144,16 +139,15 @@ def measured_episode(job):
     return {name: float(value[0]) for name, value in referee.result().items()}
 
 
-def on_the_hand(pool, args, trials, corrected, film=None):
-    """The trials of one wrist on the virtual hand, on all cores: dict of (n,) arrays. `film` is
-    the GIF of the first one."""
-    wrist = trials[0].wrist
+def on_the_hand(pool, args, trials, residual):
+    """The trials of one wrist on the virtual hand, on all cores: dict of (n,) arrays."""
+    wrist, film = trials[0].wrist, args.gif
     if film and len(args.wrist) > 1:
         film = film.with_stem(f"{film.stem}-{wrist}")
     first = 10000 * args.wrist.index(wrist)
-    jobs = [(args, trial, corrected, first + i, film if i == 0 else None)
+    jobs = [(args, trial, residual, first + i, film if i == 0 else None)
             for i, trial in enumerate(trials)]
-    label = "base + residual" if corrected else "base"
+    label = "residual" if residual else "base"
     bar, rows = sim.Progress(f"{args.port} {wrist} {label}", len(trials)), []
     for result in pool.imap(measured_episode, jobs):
         rows.append(result)
@@ -162,7 +156,44 @@ def on_the_hand(pool, args, trials, corrected, film=None):
     return {name: np.array([row[name] for row in rows]) for name in METRICS}
 
 
-# ------------------------------------------------------------------------------------ statistics
+def in_training(args, trials, objects, policy):
+    """The trials of one wrist in the training simulator: dict of (n,) arrays."""
+    wrist = trials[0].wrist
+    env = sim.Rotation(len(trials), objects, [wrist], args.axis, seed=args.seed)
+    return sim.run_episodes(
+        env, lambda env: act(policy, env), title=f"ceiling {wrist}", trials=trials)
+
+
+def on_a_virtual_hand(args, policy, content):
+    """Prints what was measured, and writes it with --json. Trials with the same number are the
+    same task at every wrist: their mean over wrists is one number."""
+    objects, parts = sim.objects_of("+".join(content["families"])), {}
+    with processes(args.workers) as pool:
+        for wrist in args.wrist:
+            trials = sim.trials(objects, wrist, args.axis, args.episodes, args.seed)
+            part = parts[wrist] = {}
+            if args.compare:
+                part["ceiling"] = in_training(args, trials, objects, policy)
+            if args.compare or args.base:
+                part["base"] = on_the_hand(pool, args, trials, None)
+            if not args.base:
+                part["residual"] = on_the_hand(pool, args, trials, args.residual)
+    mean = {kind: {m: np.mean([part[kind][m] for part in parts.values()], 0) for m in METRICS}
+            for kind in part}
+    wrists = {wrist: summary(part) for wrist, part in parts.items()}
+    report = {"port": args.port, "episodes": args.episodes, "seed": args.seed, "axes": args.axis,
+              "objects": [obj.name for obj in objects], "wrists": wrists, **summary(mean)}
+    print(f"\n{args.port}, {args.episodes} episodes a wrist, +- standard error; gain: residual - "
+          f"base on the same trials\n{'':20}  turned, rad           TTF, s      RotP, rad/s")
+    for wrist, numbers in wrists.items():
+        print_summary(wrist, numbers)
+    if len(wrists) > 1:
+        print_summary("mean", report)
+    if args.json:
+        with H.atomic_file(args.json, "w") as file:
+            file.write(json.dumps(report, indent=1) + "\n")
+
+
 def spread(x):
     """Mean, standard deviation and standard error of the mean of episodes x (n,)."""
     std = x.std(ddof=1) if len(x) > 1 else 0.0
@@ -175,97 +206,37 @@ def recovered(part, draws=2000):
     where too many draws say so for an interval."""
     x = np.stack([part[kind]["RotR"] for kind in KINDS])               # (3, n)
     n = x.shape[1]
+    ceiling, base, residual = x.mean(1)
+    if ceiling <= base:
+        return None, None
+    share = float((residual - base) / (ceiling - base))
     drawn = x[:, np.random.default_rng(0).integers(n, size=(draws, n))].mean(2)
     lost, won = drawn[0] - drawn[1], drawn[2] - drawn[1]
-    share, interval = None, None
-    ceiling, base, residual = x.mean(1)
-    if ceiling > base:
-        share = float((residual - base) / (ceiling - base))
-        if n > 1 and (lost <= 0).mean() < 0.025:
-            some = lost > 0
-            interval = np.percentile(won[some] / lost[some], (2.5, 97.5)).tolist()
-    return share, interval
+    some = lost > 0
+    if n == 1 or some.mean() <= 0.975:
+        return share, None
+    return share, np.percentile(won[some] / lost[some], (2.5, 97.5)).tolist()
 
 
 def summary(part):
     """The numbers of one wrist, or of the mean over wrists, from the metrics of its episodes."""
-    share, interval = recovered(part)
-    gain = {m: spread(part["residual"][m] - part["base"][m]) for m in METRICS}
-    return {**{kind: {m: spread(part[kind][m]) for m in METRICS} for kind in KINDS},
-            "gain": gain, "recovered": share, "recovered_interval": interval}
+    numbers = {kind: {m: spread(metrics[m]) for m in METRICS} for kind, metrics in part.items()}
+    if len(part) == len(KINDS):
+        numbers["gain"] = {m: spread(part["residual"][m] - part["base"][m]) for m in METRICS}
+        numbers["recovered"], numbers["recovered_interval"] = recovered(part)
+    return numbers
 
 
-HEADING = f"{'':20}  turned, rad           TTF, s      RotP, rad/s      (+- standard error)"
-
-
-def line(name, kind, numbers):
-    r, t, p = (numbers[m] for m in METRICS)
-    return (f"{name:>10} {kind:<9}{r['mean'] / HZ:7.2f} +- {r['sem'] / HZ:4.2f}"
-            f"{t['mean']:9.1f} +- {t['sem']:3.1f}{p['mean']:9.2f} +- {p['sem']:4.2f}")
-
-
-def print_summary(name, s):
-    """gain: residual - base on the same trials."""
+def print_summary(name, numbers):
     for kind in (*KINDS, "gain"):
-        print(line(name, kind, s[kind]))
-    if s["recovered"] is None:
-        print(f"{name:>10} nothing is lost that could be recovered")
-    else:
-        low, high = s["recovered_interval"] or (np.nan, np.nan)
-        known = "not determined" if np.isnan(low) else f"{100 * low:.0f} to {100 * high:.0f} %"
-        print(f"{name:>10} recovered {100 * s['recovered']:.0f} % (95 % interval: {known})")
-
-
-def compare(args, policy, objects, pool):
-    """Ceiling, base and residual on the same trials; printed and returned as a report. Trials with
-    the same number are the same task at every wrist: their mean over wrists is one number."""
-    parts = {}
-    for wrist in args.wrist:
-        trials = sim.trials(objects, wrist, args.axis, args.episodes, args.seed)
-        parts[wrist] = {
-            "ceiling": sim.run_episodes(
-                sim.Rotation(len(trials), objects, [wrist], args.axis, seed=args.seed),
-                lambda env: act(policy, env), title=f"ceiling {wrist}", trials=trials),
-            "base": on_the_hand(pool, args, trials, False),
-            "residual": on_the_hand(pool, args, trials, True, args.gif)}
-    mean = {kind: {m: np.mean([part[kind][m] for part in parts.values()], 0) for m in METRICS}
-            for kind in KINDS}
-    wrists = {wrist: summary(part) for wrist, part in parts.items()}
-    report = {"port": args.port, "episodes": args.episodes, "seed": args.seed, "axes": args.axis,
-              "objects": [obj.name for obj in objects], "wrists": wrists, **summary(mean)}
-    print(f"\n{args.port}, {args.episodes} episodes a wrist; gain: residual - base on the same "
-          f"trials\n{HEADING}")
-    for wrist, s in wrists.items():
-        print_summary(wrist, s)
-    if len(wrists) > 1:
-        print_summary("mean", report)
-    return report
-
-
-def measure(args, objects, pool):
-    """The hand with or without the residual; printed and returned as a report."""
-    report = {"port": args.port, "seed": args.seed}
-    for wrist in args.wrist:
-        trials = sim.trials(objects, wrist, args.axis, args.episodes, args.seed)
-        results = on_the_hand(pool, args, trials, not args.base, args.gif)
-        report[wrist] = {name: spread(x) for name, x in results.items()}
-    print(f"\n{args.port}, {args.episodes} episodes a wrist\n{HEADING}")
-    for wrist in args.wrist:
-        print(line(wrist, "base" if args.base else "residual", report[wrist]))
-    return report
-
-
-def on_a_virtual_hand(args, policy, content):
-    objects = sim.objects_of("+".join(args.object or content["families"]))
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(args.workers, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
-        if args.compare:
-            report = compare(args, policy, objects, pool)
-        else:
-            report = measure(args, objects, pool)
-    if args.json:
-        with H.atomic_file(args.json, "w") as file:
-            file.write(json.dumps(report, indent=1) + "\n")
+        if kind in numbers:
+            r, t, p = (numbers[kind][m] for m in METRICS)
+            print(f"{name:>10} {kind:<9}{r['mean'] / HZ:7.2f} +- {r['sem'] / HZ:4.2f}"
+                  f"{t['mean']:9.1f} +- {t['sem']:3.1f}{p['mean']:9.2f} +- {p['sem']:4.2f}")
+    share, interval = numbers.get("recovered"), numbers.get("recovered_interval")
+    if share is not None:
+        known = " to ".join(f"{100 * x:.0f}" for x in interval or ()) or "not determined"
+        print(f"{name:>10} recovered {100 * share:.0f} % (95 % interval: {known})")
 
 
 # ---------------------------------------------------------------------------------- on a real hand
@@ -305,7 +276,8 @@ def on_a_real_hand(args, policy, residual):
             lag, current = np.abs(data["target"] - data["q"]), np.abs(data["current"])
             print(f"episode {number}: {len(data['q'])} steps, lag {lag.mean():.3f} rad, "
                   f"{1000 * current.mean():.0f} mA")
-            save_episode(args, data, wrist, "object", number - 1)
+            recorded = list(args.record.glob("*.npz")) if args.record else []
+            save_episode(args, data, wrist, "object", len(recorded))
 
 
 # ------------------------------------------------------------------------------ see it, steer it
@@ -347,14 +319,13 @@ class Steering:
     axis (3,) of the hand; wrist (4,), which `turned` (4,) follows as an arm turns a hand; holding;
     corrected, by the residual; wish: None, or "reset", "object" or "quit", which is to come."""
 
-    def __init__(self, content, wrist, axis, seconds=None, corrected=True):
+    def __init__(self, content, wrist, axis, corrected=True):
         self.axis, self.wrist = np.array(sim.AXES[axis], float), np.array(sim.WRISTS[wrist], float)
         self.turned, self.holding, self.corrected, self.wish = self.wrist, False, corrected, None
         self.axes = np.array([sim.AXES[name] for name in content["axes"]], float)
         self.wrists = np.array([sim.WRISTS[name] for name in content["wrists"]], float)
         self.downs, self.strange = sim.gravity(self.wrists), set()
         self.heard, self.steps, self.wake = queue.Queue(1000), 0, 0
-        self.end = HZ * seconds if seconds else np.inf
 
     def obey(self, line):
         """Do what a line says. ValueError, and nothing has changed, if it is malformed."""
@@ -386,15 +357,10 @@ class Steering:
     def listen(self):
         """One control step: obey what has been said, until the next `wait`, and turn the wrist."""
         self.steps += 1
-        if self.steps > self.end:
-            self.wish = "quit"
         while not self.wish and self.steps >= self.wake and not self.heard.empty():
             line = self.heard.get()
             try:
-                if line is not None:
-                    self.obey(line)
-                elif self.end == np.inf:                 # whoever steered is gone
-                    self.wish = "quit"
+                self.obey("quit" if line is None else line)      # None: whoever steered is gone
             except ValueError:
                 say(f"not understood: {line[:40]!r}")
         left = sim.rotation_vector(sim.multiply(self.wrist, sim.conjugate(self.turned)))
@@ -449,7 +415,6 @@ def read_some(fd, keys):
 
 def keys_one_by_one():
     """The terminal gives every key at once and unseen, until this script ends."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     if os.name != "nt":
         import termios
         import tty
@@ -490,7 +455,7 @@ def readings(controller, steering, referee=None):
 
 def live(args, policy, residual, content):
     """Until somebody quits: a hand that is steered, and what it does as it happens."""
-    steering = Steering(content, args.wrist[0], args.axis[0], args.seconds, not args.base)
+    steering = Steering(content, args.wrist[0], args.axis[0], not args.base)
     if sys.stdin.isatty():
         keys_one_by_one()
         say(__doc__[__doc__.index("Keys of"):__doc__.index("reads ")])
@@ -504,11 +469,11 @@ def live(args, policy, residual, content):
 
 def live_on_a_virtual_hand(args, policy, residual, content, steering):
     """In real time, unless it is a film of words from a pipe."""
-    objects = sim.objects_of("+".join(args.object or content["families"]))
+    objects = sim.objects_of("+".join(content["families"]))
     watched = sys.stdin.isatty() or not args.gif
     which, viewer, shots, images = 0, None, [], []
     for number in itertools.count():
-        which, steering.wish, fallen = which + (steering.wish == "object"), None, []
+        which, steering.wish, fallen = which + (steering.wish == "object"), None, 0
         obj = objects[which % len(objects)]
         trial, = sim.trials([obj], args.wrist[0], args.axis, 1, args.seed + number)
         hand, controller, referee = begin(args.port, trial, policy, residual)
@@ -523,9 +488,9 @@ def live_on_a_virtual_hand(args, policy, residual, content, steering):
             return controller(q)
 
         def watch(hand):
+            nonlocal fallen
             referee.axis[:] = steering.axis
-            if not still_held(hand, referee):
-                fallen.append(f"{obj.name} fell after {referee.held[0] / HZ:.1f} s")
+            fallen += not still_held(hand, referee)              # control steps ago
             rows = readings(controller, steering, referee)
             if args.gif and len(shots) < 60 * HZ:
                 shots.append((hand.model(), hand.qpos(), steering.turned, steering.axis))
@@ -534,8 +499,8 @@ def live_on_a_virtual_hand(args, policy, residual, content, steering):
                          (steering.axis, sim.gravity(steering.turned)[0]))
             if viewer and not viewer.is_running():
                 steering.wish = "quit"
-            elif len(fallen) == HZ and not steering.wish:    # one sees it for a second
-                say(fallen[0])
+            elif fallen == HZ and not steering.wish:     # one sees it for a second
+                say(f"{obj.name} fell after {referee.held[0] / HZ:.1f} s")
                 steering.wish = "reset"
             return steering.wish
 
@@ -552,14 +517,15 @@ def live_on_a_real_hand(args, policy, residual, steering):
     """It goes to the grasp and holds still until somebody gives it an object and says go."""
     def on_the_way():
         """A tick of the move to the grasp, which `hold` and `quit` stop as well."""
-        type(hand).tick(hand)
-        steering.listen()
-        while steering.holding and steering.wish != "quit":
-            hand.command(hand.target)
+        while True:
             type(hand).tick(hand)
             steering.listen()
-        if steering.wish == "quit":
-            sys.exit()
+            if steering.wish == "quit":
+                sys.exit()
+            steering.wish = None             # a reset is what it does already
+            if not steering.holding:
+                return
+            hand.command(hand.target)
 
     def act_as_told(q):
         steering.steer(controller, residual)
@@ -585,41 +551,38 @@ def live_on_a_real_hand(args, policy, residual, steering):
 def arguments():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--port", default="auto",
-                        help="auto, sim, sim:SEED, sim:SEED:motor+shape or a serial device")
-    parser.add_argument("--policy", type=Path, default=Path("checkpoints/policy.pt"))
-    parser.add_argument("--residual", type=Path, default=Path("checkpoints/residual.pt"))
-    parser.add_argument("--base", action="store_true", help="run without the residual")
-    parser.add_argument("--compare", action="store_true",
-                        help="ceiling, base and base + residual, on a virtual hand")
-    parser.add_argument("--live", action="store_true", help="run in real time, steered")
-    parser.add_argument("--seconds", type=float, help="end of --live, whatever is said")
-    parser.add_argument("--wrist", nargs="+", default=["palm_up", "palm_down"],
-                        choices=sim.WRISTS)
-    parser.add_argument("--axis", nargs="+", default=["+z", "-z"], choices=sim.AXES,
-                        type=sim.axis_name)
-    parser.add_argument("--object", nargs="+", default=[], choices=sim.FAMILIES,
-                        help="default: what the policy was trained on")
-    parser.add_argument("--episodes", type=int, default=40, help="per wrist")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--record", type=Path, help="folder for the episodes that lasted 20 s")
-    parser.add_argument("--gif", type=Path)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    add = parser.add_argument
+    add("--port", default="auto",
+        help="auto, sim, sim:SEED, sim:SEED:motor+shape or a serial device")
+    add("--policy", type=Path, default=Path("checkpoints/policy.pt"))
+    add("--residual", type=Path, default=Path("checkpoints/residual.pt"))
+    add("--base", action="store_true", help="run without the residual")
+    add("--compare", action="store_true",
+        help="ceiling, base and base + residual, on a virtual hand")
+    add("--live", action="store_true", help="run in real time, steered")
+    add("--wrist", nargs="+", default=["palm_up", "palm_down"], choices=sim.WRISTS)
+    add("--axis", nargs="+", default=["+z", "-z"], choices=sim.AXES, type=sim.axis_name)
+    add("--episodes", type=int, default=40, help="per wrist")
+    add("--seed", type=int, default=0)
+    add("--record", type=Path, help="folder for the episodes that lasted 20 s")
+    add("--gif", type=Path)
+    add("--json", type=Path)
+    add("--workers", type=int, default=os.cpu_count())
     args = parser.parse_args()
     args.port = sim.resolve_port(args.port)
     args.wrist = list(dict.fromkeys(args.wrist))
-    if args.episodes < 1 or args.workers < 1:
-        raise H.Problem("--episodes and --workers must be at least 1")
+    virtual = args.port.startswith("sim:")
+    if args.live or not virtual:                 # one after the other
+        args.wrist, args.axis = args.wrist[:1], args.axis[:1]
+    if min(args.episodes, args.workers) < 1 or args.seed < 0:
+        raise H.Problem("--episodes and --workers must be at least 1, --seed at least 0")
     if args.live and (args.compare or args.record or args.json):
         raise H.Problem("--live measures and records nothing: it goes with none of --compare, "
                         "--record and --json")
-    if args.seconds is not None and not (args.live and 0 < args.seconds < 1e6):
-        raise H.Problem("--seconds, more than 0, ends --live")
     if args.compare and (args.base or args.record):
         raise H.Problem("--compare runs with and without the residual: it goes with neither "
                         "--base nor --record")
-    if not args.port.startswith("sim:") and (args.compare or args.gif or args.json):
+    if not virtual and (args.compare or args.gif or args.json):
         raise H.Problem("--compare, --gif and --json need to see the object, which only a "
                         "virtual hand can: --port sim:SEED")
     return args
@@ -627,25 +590,21 @@ def arguments():
 
 def note_what_differs(args, content, fitted):
     """A line for everything here that policy and residual have not seen."""
-    def note(text):
-        print(f"note: {text}", file=sys.stderr)
-
-    facts = {"hand": ("port", args.port), "policy": ("policy", digest(args.policy))}
-    for what, (name, used) in facts.items() if fitted else ():
-        if fitted.get(name) != used:
-            note(f"{args.residual} was fitted to the {what} {fitted.get(name)}, this is {used}")
-    for name, given in (("wrists", args.wrist), ("axes", args.axis)):
-        strange = [g for g in given if g not in content[name]]
+    if fitted:
+        for what, here in (("port", args.port), ("policy", digest(args.policy))):
+            if fitted.get(what) != here:
+                say(f"note: {args.residual} was fitted to the {what} {fitted.get(what)}, "
+                    f"this is {here}")
+    for given, known in ((args.wrist, content["wrists"]), (args.axis, content["axes"])):
+        strange = ", ".join(name for name in given if name not in known)
         if strange:
-            note(f"the policy was never trained on {', '.join(strange)}")
+            say(f"note: the policy was never trained on {strange}")
 
 
 def main():
     args = arguments()
     policy, content = load_policy(args.policy)
     residual, fitted = (None, None) if args.base else load_residual(args.residual)
-    if args.live:
-        args.wrist, args.axis = args.wrist[:1], args.axis[:1]
     note_what_differs(args, content, fitted)
     if args.live:
         live(args, policy, residual, content)

@@ -2,15 +2,13 @@
 where the simulated one did.
 
     python fit_ndm.py                                # all of data/*-balls-policy, if of one hand
-    python fit_ndm.py --data data/sim0-palm_down-balls-policy data/sim0-palm_up-balls-policy
     python fit_ndm.py --test data/sim0-task --models joint finger whole           # the comparison
     python tests/tables.py --errors runs/ndm*/table.json             # of several hands, as a table
 
 reads   --data      the trajectories that collect.py wrote
         --test      for the table, trajectories of the task itself (`deploy.py --record`)
         --policy    checkpoints/policy.pt
-writes  OUT/dynamics.pt    the joint-wise model f of this hand
-        OUT/residual.pt    the residual policy
+writes  OUT/dynamics.pt, OUT/residual.pt    the joint-wise model f of this hand, the residual
         OUT/table.json      what is printed; OUT/prediction.png, of a held-out trajectory
 
 Dynamics: q^i_{t+1} = f_i(h^i_t), where h^i_t are the last W = 10 positions of joint i and the
@@ -27,7 +25,6 @@ import json
 import os
 import time
 from pathlib import Path
-from typing import NamedTuple
 
 import mujoco
 import numpy as np
@@ -39,7 +36,8 @@ import hand as H
 import sim
 from collect import SIGMA
 from sim import W
-from train_policy import digest, load_network, load_policy, save_checkpoint, simulate
+from train_policy import (
+    Normalizer, digest, load_network, load_policy, mlp, save_checkpoint, simulate)
 
 # how many networks share the hand: one for each joint, for each finger, or one in all
 GROUPS = {"joint": H.N, "finger": len(H.FINGERS), "whole": 1}
@@ -129,12 +127,11 @@ def fit(model, q, a, steps, lr, title, batch=128, seed=0):
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    n, T = q.shape[:2]
+    index = every_window(q)
     bar = sim.Progress(title, steps)
     for i in range(steps):
-        which = torch.randint(n, (batch,), generator=generator)
-        first = torch.randint(T - W, (batch,), generator=generator)
-        history, after = windows(q, a, torch.stack([which, first], 1))
+        some = torch.randint(len(index), (batch,), generator=generator)
+        history, after = windows(q, a, index[some])
         error = (model(history) - after) / model.step
         loss = error.pow(2).mean()
         optimizer.zero_grad()
@@ -154,14 +151,12 @@ def errors(model, q, a, limit=40000):
     index = index[torch.linspace(0, len(index) - 1, min(limit, len(index))).long()]
     which, now = index[:, 0], index[:, 1] + W
     history, _ = windows(q, a, index)
+    rms = []
     for k in range(HORIZON):
         guess = model(history) if model else history[:, -1, 0]
-        missed = guess - q[which, now + k]
-        if k == 0:
-            one_step = missed
-        if k + 1 < HORIZON:
-            history = sim.push_history(history, guess, a[which, now + k])
-    return tuple(1000 * e.pow(2).mean(0).sqrt() for e in (one_step, missed))
+        rms.append(1000 * (guess - q[which, now + k]).pow(2).mean(0).sqrt())
+        history = sim.push_history(history, guess, a[which, now + k])
+    return rms[0], rms[-1]
 
 
 def pretrained(kind, q, a, steps, seed):
@@ -183,12 +178,7 @@ class Residual(nn.Module):
         super().__init__()
         self.config = {"hidden": hidden}
         size = sim.OBSERVED + H.N
-        self.register_buffer("mean", torch.zeros(size))
-        self.register_buffer("std", torch.ones(size))
-        self.net = nn.Sequential(
-            nn.Linear(size, hidden), nn.ELU(),
-            nn.Linear(hidden, hidden), nn.ELU(),
-            nn.Linear(hidden, H.N))
+        self.norm, self.net = Normalizer(size), mlp(size, hidden, hidden, H.N)
         nn.init.zeros_(self.net[-1].weight)
         nn.init.zeros_(self.net[-1].bias)
 
@@ -197,13 +187,8 @@ class Residual(nn.Module):
         return torch.cat([observation, move / sim.ALPHA], -1)
 
     def forward(self, observation, move):
-        x = (self.inputs(observation, move) - self.mean) / self.std
-        return BOUND * torch.tanh(self.net(x.clamp(-5, 5)))
-
-    def fit_scale(self, observation, move):
-        x = self.inputs(observation, move)
-        self.mean.copy_(x.mean(0))
-        self.std.copy_(x.std(0) + 1e-2)
+        x = self.norm(self.inputs(observation, move))
+        return BOUND * torch.tanh(self.net(x))
 
 
 def load_residual(path):
@@ -230,7 +215,7 @@ class Episodes:
         return which, torch.randint(self.BEFORE, last, (count,), generator=generator)
 
     def pairs(self, which, t, late):
-        """(q_j, base target of step j - late) for j up to t (B,): histories (B, W, 2, N)."""
+        """(q_j, a_{j - late}) for j up to t (B,): histories (B, W, 2, N)."""
         which, steps = which[:, None], t[:, None] + torch.arange(1 - W, 1)
         return torch.stack([self.q[which, steps], self.base[which, steps - late]], 2)
 
@@ -257,38 +242,39 @@ class Episodes:
 #     correction       c_{t-1}               c_t        by the residual, from o_t and a_t - a_{t-1}
 #     sent         a_{t-1} + c_{t-1}      a_t + c_t
 #
-# o_t: pairs (q_j, a_{j-1}) up to j = t, since at t the newest target known is that of t-1. What was
-# added to it is the hand's business: the policy sees its own targets, as in simulation.
-# f:   pairs (q_j, a_j + c_j) up to j = t give q_{t+1}.   f_sim: pairs (q_j, a_j).
+# h_o:   pairs (q_j, a_{j-1}) up to j = t, for o_t: at t the newest target known is that of t-1.
+#        What was added to it is the hand's business: the policy sees its own targets.
+# h:     pairs (q_j, a_j + c_j) up to j = t; f(h) is q_{t+1} of the hand.
+# h_sim: pairs (q_j, a_j) up to j = t; f_sim(h_sim) is q_{t+1} of the simulated hand.
 def imagine(residual, f, f_sim, episodes, which, start):
     """The hand by its model, corrected, next to the simulated one by its own, uncorrected, for
     ROLLOUT steps from `start` (B,) in episodes `which` (B,). Mean squares in rad^2: how far apart
     they are (miss), of the corrections (size) and of their changes from step to step (change)."""
     wrist, axis = episodes.wrist[which], episodes.axis[which]
-    seen = episodes.pairs(which, start, late=1)
-    q_sim = q_hand = episodes.q[which, start]
-    simulated = episodes.pairs(which, start - 1, late=0)
+    q = q_sim = episodes.q[which, start]
+    h_o = episodes.pairs(which, start, late=1)
+    h_sim = episodes.pairs(which, start - 1, late=0)
     past = episodes.corrections(residual, which, start - 1)
-    driven = torch.stack([simulated[:, :, 0], simulated[:, :, 1] + past], 2)
+    h = torch.stack([h_sim[:, :, 0], h_sim[:, :, 1] + past], 2)
     last = past[:, -1]
     miss, size, change = 0.0, 0.0, 0.0
     for k in range(ROLLOUT):
-        base = episodes.base[which, start + k]
-        c = residual(sim.observation(seen, wrist, axis), base - seen[:, -1, 1])
-        driven = sim.push_history(driven, q_hand, base + c)
-        simulated = sim.push_history(simulated, q_sim, base)
-        q_hand = f(driven)
+        a = episodes.base[which, start + k]
+        c = residual(sim.observation(h_o, wrist, axis), a - h_o[:, -1, 1])
+        h = sim.push_history(h, q, a + c)
+        h_sim = sim.push_history(h_sim, q_sim, a)
+        q = f(h)
         with torch.no_grad():
-            q_sim = f_sim(simulated)
-        seen = sim.push_history(seen, q_hand, base)
-        miss = miss + (q_hand - q_sim).pow(2).mean() / ROLLOUT
-        size = size + c.pow(2).mean() / ROLLOUT
-        change = change + (c - last).pow(2).mean() / ROLLOUT
+            q_sim = f_sim(h_sim)
+        h_o = sim.push_history(h_o, q, a)
+        miss += (q - q_sim).pow(2).mean() / ROLLOUT
+        size += c.pow(2).mean() / ROLLOUT
+        change += (c - last).pow(2).mean() / ROLLOUT
         last = c
     return miss, size, change
 
 
-def fit_residual(f, f_sim, data, steps, size_cost, change_cost, seed=0, batch=256):
+def fit_residual(f, f_sim, data, steps, cost, seed=0, batch=256):
     """Train the residual along simulated episodes `data` (see `train_policy.simulate`), so that
     the hand's model f, corrected, ends up where the model f_sim of the simulated joints does
     without; both stay frozen.
@@ -300,7 +286,8 @@ def fit_residual(f, f_sim, data, steps, size_cost, change_cost, seed=0, batch=25
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
     residual, episodes = Residual(), Episodes(data)
-    residual.fit_scale(*episodes.seen(*episodes.some(20000, episodes.length, generator)))
+    some = episodes.some(20000, episodes.length, generator)
+    residual.norm.update(residual.inputs(*episodes.seen(*some)))
     optimizer = torch.optim.Adam(residual.parameters(), lr=1e-3, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     bar = sim.Progress("residual", steps)
@@ -308,7 +295,7 @@ def fit_residual(f, f_sim, data, steps, size_cost, change_cost, seed=0, batch=25
         which, start = episodes.some(batch, episodes.length - ROLLOUT, generator)
         start[:batch // 8] = episodes.BEFORE         # an episode's first step is worth a share
         miss, size, change = imagine(residual, f, f_sim, episodes, which, start)
-        loss = 1e4 * (miss + size_cost * size + change_cost * change)
+        loss = 1e4 * (miss + cost * (size + change))
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(residual.parameters(), 1.0)
@@ -320,27 +307,18 @@ def fit_residual(f, f_sim, data, steps, size_cost, change_cost, seed=0, batch=25
 
 
 # -------------------------------------------------------------------------------------- the data
-class Recorded(NamedTuple):
-    """Trajectories of one hand."""
-    q: torch.Tensor              # (n, 400, N) rad
-    a: torch.Tensor              # (n, 400, N) rad, the targets sent
-    sequence: torch.Tensor       # (n,) which target sequence it replays
-    port: str                    # of the hand
-
-
 def load_shards(folders):
-    """All trajectories in `folders`, of one hand. Raises `Problem` on another kind of hand, on
-    several hands, on NaN and broken files."""
+    """All trajectories in `folders`, of one hand: positions q and targets sent a (n, 400, N) rad,
+    which target sequence each replays (n,), the hand's port. Raises `Problem` on another kind of
+    hand, on several hands, on NaN and broken files."""
     q, a, sequence, ports = [], [], [], {}
     for folder in folders:
         files = sorted(Path(folder).glob("[0-9]*.npz"))
         if not files:
             raise H.Problem(f"{folder} holds no trajectories; run collect.py first, or name the "
                             "folder that it printed")
-        for number, file in enumerate(files):
-            data = sim.load_npz(file)
-            if not {"q", "target", "hand", "port"} <= set(data):
-                raise H.Problem(f"{file} was not written by collect.py or deploy.py")
+        for file in files:
+            data = sim.load_npz(file, "q", "target", "hand", "port", "sequence")
             if str(data["hand"]) != H.HAND:
                 raise H.Problem(f"{file} was recorded on the hand {data['hand']}, not {H.HAND}")
             if not data["q"].shape == data["target"].shape == (sim.EPISODE, H.N):
@@ -348,13 +326,13 @@ def load_shards(folders):
                                 f"not {(sim.EPISODE, H.N)}")
             q.append(data["q"])
             a.append(data["target"])
-            sequence.append(int(data.get("sequence", number)))
+            sequence.append(int(data["sequence"]))
             ports[str(data["port"])] = file
     if len(ports) > 1:
         raise H.Problem(f"these are of several hands ({', '.join(map(str, ports.values()))}): "
                         "every hand needs a model of its own")
-    tensors = (torch.tensor(np.array(x)) for x in (q, a, sequence))
-    return Recorded(*tensors, *ports)
+    q, a, sequence = (torch.tensor(np.array(x)) for x in (q, a, sequence))
+    return q, a, sequence, *ports
 
 
 def held_out(sequence):
@@ -381,19 +359,18 @@ def simulate_box(data, seed):
     a = np.clip(a + noisy * rng.normal(0, SIGMA, a.shape), H.LOW, H.HIGH)
     q = np.zeros_like(a)
     boxes = min(BOXES, len(a))
-    bar = sim.Progress("simulate the boxes", boxes * sim.EPISODE)
+    bar = sim.Progress("simulate the boxes", boxes)
     for k in range(boxes):
         # balls that rub take three times as long, balls that roll ten times
         balls = sim.Balls.drawn(np.random.default_rng([seed, k]))
         balls = balls._replace(rolls=False, friction=0.0)
         share = slice(k, None, boxes)
-        q[share] = _replay(
-            balls, a[share], data["wrist"][share].numpy(), rng,
-            lambda t: bar(k * sim.EPISODE + t, f"{balls.count} balls"))
+        q[share] = _replay(balls, a[share], data["wrist"][share].numpy(), rng)
+        bar(k + 1)
     return torch.tensor(q, dtype=torch.float32), torch.tensor(a, dtype=torch.float32)
 
 
-def _replay(balls, a, wrists, rng, report):
+def _replay(balls, a, wrists, rng):
     """Positions (n, T, N) of n hands in boxes of the same balls, each with its wrist (n, 4), that
     are sent targets a (n, T, N)."""
     compiled = {tuple(wrist): sim.build(balls=balls, wrist=wrist).compile()
@@ -414,37 +391,29 @@ def _replay(balls, a, wrists, rng, report):
             control = np.repeat(a[:, now, None], sim.SUBSTEPS, 1)
             states, _ = pool.rollout(models, datas, state, nstep=sim.SUBSTEPS, control=control)
             state = states[:, -1]
-            report(now + 1)
     return q
 
 
 # ---------------------------------------------------------------------------- tables and pictures
 def table_of(models, sets):
-    """Errors of every model on every set of trajectories, mrad:
+    """Errors of every model on every set of trajectories, mrad, printed and returned:
     {set: {model: {"one": [N], "open": [N]}}}."""
-    table = {name: {} for name in sets}
+    table = {}
+    print("mean over joints, mrad               one step   0.5 s open loop")
     for name, (q, a) in sets.items():
+        print(f"  {name}")
+        table[name] = {}
         for kind, model in models.items():
             one_step, open_loop = errors(model, q, a)
+            print(f"    {kind:<32} {one_step.mean():8.2f}   {open_loop.mean():8.2f}")
             table[name][kind] = {"one": one_step.tolist(), "open": open_loop.tolist()}
     return table
 
 
-def format_table(table):
-    lines = ["mean over joints, mrad               one step   0.5 s open loop"]
-    for name, models in table.items():
-        lines.append(f"  {name}")
-        for kind, error in models.items():
-            one_step, open_loop = np.mean(error["one"]), np.mean(error["open"])
-            lines.append(f"    {kind:<32} {one_step:8.2f}   {open_loop:8.2f}")
-    return "\n".join(lines)
-
-
 @torch.no_grad()
-def draw_prediction(path, f, q, a):
+def draw_prediction(path, f, q, a, steps=200):
     """Measured against predicted, every joint of one trajectory q, a (400, N)."""
     guess = f(windows(q[None], a[None], every_window(q[None]))[0])
-    steps = 200
     seconds = np.arange(steps) / H.CONTROL_HZ
     figure, axes = sim.pyplot().subplots(
         4, -(-H.N // 4), figsize=(15, 9), sharex=True, layout="constrained", squeeze=False)
@@ -455,9 +424,7 @@ def draw_prediction(path, f, q, a):
                   label="predicted, one step")
         axis.set_title(H.JOINTS[i].name, fontsize=9)
     axes[0, 0].legend(fontsize=7)
-    figure.supxlabel("s")
-    figure.supylabel("rad")
-    figure.suptitle("Held-out trajectory: what each joint did, and what its model says it would")
+    figure.suptitle("Held-out trajectory, rad and s: what each joint did, and what its model says")
     sim.save_figure(figure, path)
 
 
@@ -475,13 +442,14 @@ def arguments():
     add("--steps", type=int, default=8000, help="gradient steps of each fit")
     add("--residual-steps", type=int, default=400)
     add("--episodes", type=int, default=192, help="simulated episodes of the policy")
-    add("--size-cost", type=float, default=1.0, help="price of the correction against the error")
-    add("--change-cost", type=float, default=1.0, help="price of its changes from step to step")
-    add("--no-residual", action="store_true", help="the table only")
+    add("--cost", type=float, default=1.0,
+        help="price of a correction, and of its change in a step, against the error")
     add("--seed", type=int, default=0)
     args = parser.parse_args()
     if min(args.steps, args.residual_steps, args.episodes) < 1:
         raise H.Problem("--steps, --residual-steps and --episodes must be positive")
+    if args.seed < 0 or not args.cost >= 0:
+        raise H.Problem("--seed and --cost must not be negative")
     args.data = args.data or sorted(Path("data").glob("*-balls-policy"))
     if not args.data:
         raise H.Problem("there is no data/*-balls-policy; run collect.py first, or name its "
@@ -502,16 +470,15 @@ def simulated_episodes(args):
 def main():
     args = arguments()
     began = time.monotonic()
-    recorded = load_shards(args.data)
-    held = held_out(recorded.sequence)
-    q, a = recorded.q, recorded.a
+    q, a, sequence, port = load_shards(args.data)
+    held = held_out(sequence)
     sets = {"in distribution: held-out trajectories": (q[held], a[held])}
     if args.test:
-        task = load_shards(args.test)
-        if task.port != recorded.port:
-            raise H.Problem(f"--test is of the hand {task.port}, --data of {recorded.port}: they "
-                            "must be of one hand")
-        sets["off distribution: the task, with an object"] = task.q, task.a
+        *task, _, other = load_shards(args.test)
+        if other != port:
+            raise H.Problem(f"--test is of the hand {other}, --data of {port}: they must be of one "
+                            "hand")
+        sets["off distribution: the task, with an object"] = task
     data = simulated_episodes(args)
     # What a blocked joint does next depends on what blocks it. Balls alone teach f that everything
     # gives way; with the task in it, f and f_sim differ less by their boxes and more by the hands.
@@ -525,22 +492,19 @@ def main():
             f_sim = copy.deepcopy(model)
         fit(model, q[~held], a[~held], args.steps, 1e-3, f"{kind}: this hand", seed=args.seed)
     f = models["joint"]
-    origin = {"data": [str(folder) for folder in args.data], "port": recorded.port}
+    origin = {"data": [str(folder) for folder in args.data], "port": port}
     save_checkpoint(args.out / "dynamics.pt", "dynamics", config=f.config,
                     weights=f.state_dict(), **origin)
     table = table_of(models, sets)
-    print(format_table(table))
     with H.atomic_file(args.out / "table.json", "w") as file:
         file.write(json.dumps(table, indent=1) + "\n")
     draw_prediction(args.out / "prediction.png", f, q[held][0], a[held][0])
 
-    if not args.no_residual:
-        for model in (f, f_sim):
-            model.requires_grad_(False)
-        residual = fit_residual(f, f_sim, data, args.residual_steps, args.size_cost,
-                                args.change_cost, args.seed)
-        save_checkpoint(args.out / "residual.pt", "residual", config=residual.config,
-                        weights=residual.state_dict(), policy=digest(args.policy), **origin)
+    for model in (f, f_sim):
+        model.requires_grad_(False)
+    residual = fit_residual(f, f_sim, data, args.residual_steps, args.cost, args.seed)
+    save_checkpoint(args.out / "residual.pt", "residual", config=residual.config,
+                    weights=residual.state_dict(), policy=digest(args.policy), **origin)
     print(f"written to {args.out} in {(time.monotonic() - began) / 60:.1f} min")
 
 
