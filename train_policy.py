@@ -63,7 +63,7 @@ RAISE = 1 / 16
 ENOUGH = 192, 12         # episodes of all cells, and at least of one, before its level may change
 
 # The generalist
-ROUNDS = 10              # of one episode in every environment
+ROUNDS = 12              # of one episode in every environment
 CLONING = 2              # rounds per oracle in which the oracle drives
 GRADIENT_STEPS = 400     # after each round
 CLONING_BATCH = 2048
@@ -72,7 +72,7 @@ KEPT = 0.25              # share of the control steps that are kept: neighbours 
 
 # ------------------------------------------------------------------------------------- reward
 # r = a_rot r_rot + a_goal r_goal + a_pen r_pen
-C_ROT = 0.75             # rad/s, clip of the rewarded rotation; paper 0.5
+C_ROT = 0.5              # rad/s, clip of the rewarded rotation
 A_ROT = 5.0              # not given in the paper
 A_GOAL, GOAL_BONUS = 0.05, 1.0
 A_ROTP = 0.1             # grows linearly from 0 at the 10th episode to this at the 100th
@@ -644,19 +644,19 @@ class Training:
 
 
 def train_oracle(family, args, path, start=None):
-    """Train a specialist for args.steps control steps, or args.minutes; goes on from `path` if that
-    is there, else begins with the weights in `start`, if any. Returns the best oracle, its curve
-    and the seconds of training."""
-    training = Training(family, args, path, start)
-    bar = sim.Progress(f"oracle {family}", args.steps, " steps")
+    """Train a specialist for its control steps, or args.minutes; goes on from `path` if that is
+    there, else begins with the weights in `start`, if any. Returns the best oracle, its curve and
+    the seconds of training."""
+    training, steps = Training(family, args, path, start), args.steps[args.family.index(family)]
+    bar = sim.Progress(f"oracle {family}", steps, " steps")
     saved = time.monotonic()
     # four fifths of the time are for the oracles
     limit = 0.8 * 60 * args.minutes / len(args.family) if args.minutes else np.inf
-    while training.steps < args.steps and training.seconds < limit:
+    while training.steps < steps and training.seconds < limit:
         losses = training.iterate()
         if RANK:
             continue
-        bar(min(training.steps, args.steps), f"{training.status()}  {losses}")
+        bar(min(training.steps, steps), f"{training.status()}  {losses}")
         if time.monotonic() - saved > 60:
             saved = time.monotonic()
             training.save()
@@ -864,8 +864,8 @@ def arguments():
                         help=f"{', '.join(sim.WRISTS)}, or any")
     parser.add_argument("--axis", nargs="+", type=sim.axis_name,
                         help="+z or z+ and so on, 'x y z', or any")
-    parser.add_argument("--steps", type=float, default=7.5e6,
-                        help="control steps of each oracle (default 7.5e6)")
+    parser.add_argument("--steps", type=float, nargs="+",
+                        help="control steps of the oracles, a number for each or one for all")
     parser.add_argument("--start", type=Path, help="the first begins with this oracle's weights")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="of cloning")
     parser.add_argument("--minutes", type=float, help="stop earlier, after so long in all")
@@ -877,13 +877,18 @@ def arguments():
     args = parser.parse_args()
     lesson = ["cylinder", "cuboid"], ["palm_up", "palm_down"], ["+z", "-z"]
     everything = [*lesson[0], "long", "small", "complex"], [*sim.WRISTS, "any"], [*sim.AXES, "any"]
+    # cuboids are harder
+    args.steps = args.steps or ([20e6] if args.everything or args.family else [4e6, 10.5e6])
     for name, *usual in zip(("family", "wrist", "axis"), lesson, everything):
         setattr(args, name, getattr(args, name) or usual[args.everything])
+    args.steps *= len(args.family) if len(args.steps) == 1 else 1
+    if len(args.steps) != len(args.family):
+        raise H.Problem(f"--steps: one number, or one for each of {', '.join(args.family)}")
     for family in args.family:
         sim.objects_of(family)                           # raises on an unknown one
     if args.seed < 0:
         raise H.Problem("--seed must not be negative")
-    if not args.steps > 0 or args.rounds < 1 or args.envs < 4:
+    if not min(args.steps) > 0 or args.rounds < 1 or args.envs < 4:
         raise H.Problem("--steps and --rounds must be positive and --envs at least 4")
     if args.minutes is not None and not args.minutes > 0:
         raise H.Problem("--minutes must be positive")

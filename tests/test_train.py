@@ -25,7 +25,9 @@ def arguments(out, **changes):
     usual = dict(envs=12, wrist=["palm_up", "palm_down"], axis=["+z", "-z"], seed=0, steps=1e9,
                  rounds=3, minutes=None, start=None, family=["cube"], out=out,
                  randomize=sim.EVERYTHING)
-    return argparse.Namespace(**usual | changes)
+    args = argparse.Namespace(**usual | changes)
+    args.steps = [args.steps] * len(args.family)
+    return args
 
 
 @pytest.fixture(autouse=True)
