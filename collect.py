@@ -190,8 +190,7 @@ def virtual_hand(port, wrist, load):
     return sim.open_hand(port, wrist=wrist, load=load)
 
 
-def on_a_worker(task):
-    job, index, sequence = task
+def on_a_worker(job, index, sequence):
     hand = virtual_hand(*(job.facts[name] for name in ("port", "wrist", "load")))
     return trajectory(hand, job, index, sequence)
 
@@ -199,8 +198,9 @@ def on_a_worker(task):
 def on_virtual_hands(workers, job, todo, targets):
     """As `on_a_real_hand`, on all cores."""
     with processes(workers) as pool:
-        tasks = [(job, index, targets[index % SEQUENCES]) for index in todo]
-        yield from pool.imap(on_a_worker, tasks)
+        results = [pool.apply_async(on_a_worker, (job, i, targets[i % SEQUENCES])) for i in todo]
+        for result in results:
+            yield result.get()
 
 
 def on_a_real_hand(hand, job, todo, targets, say):
