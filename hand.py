@@ -62,71 +62,14 @@ class Link(NamedTuple):
 
 
 # ----------------------------------------------------------------------------------- the table
-# Kinematics, masses, limits and collision boxes: LEAP Hand (right) as published with its URDF and
-# its MuJoCo model.
-# `boxes` are the published collision boxes, and what objects meet. `shapes` are as wide and reach
-# as far, but few and round: fingers meet each other, the palm and balls with them in the training
+# LEAP Hand (right): kinematics, masses, limits and collision boxes as published with its URDF and
+# its MuJoCo model. `boxes` are what objects meet, and the virtual hand is made of them alone.
+# `shapes` are as wide (a knuckle as its fork, the part between knuckles as its motor) and reach as
+# far, but few and round: fingers meet each other, the palm and balls with them in the training
 # simulator, because boxes of neighbouring fingers that pass into each other make MuJoCo 4.0.0 end
 # the process. They are capsules ("capsule", from, to, radius) and boxes ("box", centre, half
 # sizes). The last shape of a fingertip link, a capsule, is its rubber tip, for objects too, and its
-# last box is the tip's extent. The virtual hand is made of the boxes alone.
-
-# A knuckle is as wide as its fork, the part between knuckles as its motor.
-BASE_BOXES = (
-    ((0, 0.018, 0.0147), (0.010, 0.003, 0.017)),
-    ((-0.027, 0.042, 0.015), (0.014, 0.020, 0.010)),
-    ((-0.0262, 0.020, 0.0146), (0.017, 0.003, 0.010)),
-    ((-0.0295, 0.035, 0.029), (0.010, 0.012, 0.004)),
-    ((0, 0.005, 0.030), (0.007, 0.010, 0.002)),
-    ((0, 0.005, -0.001), (0.007, 0.010, 0.002)),
-)
-PROXIMAL_BOXES = (((0.0075, -0.0002, -0.011), (0.017, 0.013, 0.011)),)
-MEDIAL_BOXES = (
-    ((0, -0.020, 0.015), (0.008, 0.003, 0.013)),
-    ((0, -0.016, 0.015), (0.010, 0.002, 0.017)),
-    ((0, -0.0045, 0.030), (0.007, 0.010, 0.002)),
-    ((0, -0.0045, 0), (0.007, 0.010, 0.002)),
-    ((0.0075, -0.035, 0.015), (0.017, 0.011, 0.013)),
-)
-DISTAL_BOXES = (
-    ((0, -0.017, 0.015), (0.010, 0.003, 0.015)),
-    ((0, -0.006, 0.030), (0.007, 0.011, 0.002)),
-    ((0, -0.006, -0.001), (0.007, 0.011, 0.002)),
-    ((-0.00085, -0.0348, 0.01455), (0.01045, 0.0152, 0.01215)),      # the tip's extent
-)
-PALM_BOXES = (
-    ((-0.009, 0.008, -0.011), (0.011, 0.013, 0.017)),
-    ((-0.009, -0.037, -0.011), (0.011, 0.013, 0.017)),
-    ((-0.009, -0.082, -0.011), (0.011, 0.013, 0.017)),
-    ((-0.066, -0.078, -0.0115), (0.029, 0.010, 0.023), (0.989016, 0, 0, -0.147806)),
-    ((-0.030, -0.035, -0.003), (0.010, 0.060, 0.015)),
-    ((-0.032, -0.035, -0.024), (0.005, 0.060, 0.010), (0.923956, 0, 0.382499, 0)),
-    ((-0.048, -0.033, -0.0115), (0.012, 0.058, 0.023)),
-    ((-0.078, -0.053, -0.0115), (0.022, 0.026, 0.023)),
-    ((-0.098, -0.009, -0.006), (0.002, 0.018, 0.017)),
-    ((-0.078, -0.003, 0.010), (0.022, 0.028, 0.002)),
-)
-THUMB_BASE_BOXES = (((-0.0075, -0.0002, -0.011), (0.017, 0.013, 0.011)),)
-THUMB_BRACKET_BOXES = (
-    ((0, 0, -0.0015), (0.009, 0.0165, 0.002)),
-    ((0, -0.015, -0.013), (0.007, 0.002, 0.010)),
-    ((0, 0.015, -0.013), (0.007, 0.002, 0.010)),
-)
-THUMB_PROXIMAL_BOXES = (
-    ((0, 0.0105, -0.014), (0.010, 0.020, 0.012)),
-    ((0, 0.031, -0.015), (0.010, 0.002, 0.016)),
-    ((0, 0.042, 0.001), (0.007, 0.010, 0.002)),
-    ((0, 0.042, -0.029), (0.007, 0.010, 0.002)),
-    ((-0.0135, 0.0175, -0.011656), (0.005, 0.012, 0.009)),
-)
-THUMB_DISTAL_BOXES = (
-    ((0, -0.0085, -0.015), (0.010, 0.018, 0.012)),
-    ((0, -0.029, -0.014), (0.010, 0.002, 0.015)),
-    ((0.015, -0.0175, -0.0115), (0.004, 0.012, 0.009)),
-    ((-0.00085, -0.0468, -0.01445), (0.01045, 0.0153, 0.01215)),     # the tip's extent
-)
-
-
+# last box is the tip's extent.
 def _finger(prefix, base, motor, grasp):
     """Four links of one of the three equal fingers: base bracket, proximal, medial, distal."""
     bs, px, md, ds = (f"{prefix}_{part}" for part in ("bs", "px", "md", "ds"))
@@ -137,13 +80,18 @@ def _finger(prefix, base, motor, grasp):
              (0.388092, 0.677951, -0.247713, 0.573067), (1.74972e-05, 1.61504e-05, 7.21342e-06),
              Joint(f"{prefix}_mcp", motor + 1, -0.314, 2.23, mcp, 800, "base"),
              (("capsule", (-0.027, 0.032, 0.015), (-0.027, 0.050, 0.015), 0.013),),
-             BASE_BOXES),
+             (((0, 0.018, 0.0147), (0.010, 0.003, 0.017)),
+              ((-0.027, 0.042, 0.015), (0.014, 0.020, 0.010)),
+              ((-0.0262, 0.020, 0.0146), (0.017, 0.003, 0.010)),
+              ((-0.0295, 0.035, 0.029), (0.010, 0.012, 0.004)),
+              ((0, 0.005, 0.030), (0.007, 0.010, 0.002)),
+              ((0, 0.005, -0.001), (0.007, 0.010, 0.002)))),
         Link(px, bs, prefix, (-0.0122, 0.0381, 0.0145), (0.500003, -0.5, -0.499997, 0.5),
              0.032, (0.0075, -0.0002, -0.011),
              (0, 0.707107, 0, 0.707107), (4.8853e-06, 4.3733e-06, 3.0933e-06),
              Joint(f"{prefix}_rot", motor + 0, -1.047, 1.047, rot, 600, "side"),
              (("capsule", (0.002, 0, -0.011), (0.013, 0, -0.011), 0.012),),
-             PROXIMAL_BOXES),
+             (((0.0075, -0.0002, -0.011), (0.017, 0.013, 0.011)),)),
         Link(md, px, prefix, (0.015, 0.0143, -0.013), (0.500003, 0.5, -0.5, 0.499997),
              0.037, (0.005422, -0.029148, 0.015),
              (0.687228, 0.687228, 0.166487, 0.166487), (8.28004e-06, 8.1598e-06, 5.39516e-06),
@@ -152,14 +100,21 @@ def _finger(prefix, base, motor, grasp):
               ("capsule", (-0.0055, -0.028, 0.006), (-0.0055, -0.028, 0.024), 0.004),
               ("capsule", (-0.0055, -0.042, 0.006), (-0.0055, -0.042, 0.024), 0.004),
               ("capsule", (0.0025, -0.035, 0.015), (0.0125, -0.035, 0.015), 0.012)),
-             MEDIAL_BOXES),
+             (((0, -0.020, 0.015), (0.008, 0.003, 0.013)),
+              ((0, -0.016, 0.015), (0.010, 0.002, 0.017)),
+              ((0, -0.0045, 0.030), (0.007, 0.010, 0.002)),
+              ((0, -0.0045, 0), (0.007, 0.010, 0.002)),
+              ((0.0075, -0.035, 0.015), (0.017, 0.011, 0.013)))),
         Link(ds, md, prefix, (0, -0.0361, 0.0002), (1, 0, 0, 0),
              0.016, (-0.000879, -0.027019, 0.014594),
              (0.702905, 0.710643, -0.021294, -0.02142), (3.71863e-06, 3.02396e-06, 1.6518e-06),
              Joint(f"{prefix}_dip", motor + 3, -0.366, 2.042, dip, 800, "dip", curl=1.2),
              (("capsule", (0, -0.0075, 0.006), (0, -0.0075, 0.023), 0.009),
               ("capsule", (-0.0008, -0.0311, 0.0146), (-0.0008, -0.0385, 0.0146), 0.0115)),
-             DISTAL_BOXES),
+             (((0, -0.017, 0.015), (0.010, 0.003, 0.015)),
+              ((0, -0.006, 0.030), (0.007, 0.011, 0.002)),
+              ((0, -0.006, -0.001), (0.007, 0.011, 0.002)),
+              ((-0.00085, -0.0348, 0.01455), (0.01045, 0.0152, 0.01215)))),
     )
 
 
@@ -172,7 +127,16 @@ LINKS = (
          None,
          (("box", (-0.029, -0.037, -0.011), (0.031, 0.058, 0.023)),
           ("box", (-0.078, -0.040, -0.0115), (0.022, 0.040, 0.023))),
-         PALM_BOXES),
+         (((-0.009, 0.008, -0.011), (0.011, 0.013, 0.017)),
+          ((-0.009, -0.037, -0.011), (0.011, 0.013, 0.017)),
+          ((-0.009, -0.082, -0.011), (0.011, 0.013, 0.017)),
+          ((-0.066, -0.078, -0.0115), (0.029, 0.010, 0.023), (0.989016, 0, 0, -0.147806)),
+          ((-0.030, -0.035, -0.003), (0.010, 0.060, 0.015)),
+          ((-0.032, -0.035, -0.024), (0.005, 0.060, 0.010), (0.923956, 0, 0.382499, 0)),
+          ((-0.048, -0.033, -0.0115), (0.012, 0.058, 0.023)),
+          ((-0.078, -0.053, -0.0115), (0.022, 0.026, 0.023)),
+          ((-0.098, -0.009, -0.006), (0.002, 0.018, 0.017)),
+          ((-0.078, -0.003, 0.010), (0.022, 0.028, 0.002)))),
     *_finger("if", (-0.007, 0.023, -0.0187), 0, (1.244, 0.082, 0.265, 0.298)),
     *_finger("mf", (-0.0071, -0.0224, -0.0187), 4, (1.096, 0.005, 0.080, 0.150)),
     *_finger("rf", (-0.00709, -0.0678, -0.0187), 8, (1.337, 0.029, 0.285, 0.317)),
@@ -180,26 +144,36 @@ LINKS = (
          0.032, (0.0075, -0.0002, -0.011),
          (0, 0.707107, 0, 0.707107), (4.8853e-06, 4.3733e-06, 3.0933e-06),
          Joint("th_cmc", 12, -0.349, 2.094, 1.163, 800, "cmc"),
-         (), THUMB_BASE_BOXES),
+         (), (((-0.0075, -0.0002, -0.011), (0.017, 0.013, 0.011)),)),
     Link("th_bs", "th_mp", "th", (0, 0.0143, -0.013), (0.500003, 0.5, -0.5, 0.499997),
          0.003, (0, 0, -0.007081),
          (0.707107, 0.707107, 0, 0), (6.1932e-07, 5.351e-07, 2.1516e-07),
          Joint("th_axl", 13, -0.349, 2.094, 1.104, 800, "axl"),
-         (), THUMB_BRACKET_BOXES),
+         (),
+         (((0, 0, -0.0015), (0.009, 0.0165, 0.002)),
+          ((0, -0.015, -0.013), (0.007, 0.002, 0.010)),
+          ((0, 0.015, -0.013), (0.007, 0.002, 0.010)))),
     Link("th_px", "th_bs", "th", (0, 0.0145, -0.017), (0.707109, -0.707105, 0, 0),
          0.038, (-0.002059, 0.015912, -0.013733),
          (0.698518, 0.697382, -0.104933, 0.121324), (9.87104e-06, 9.32653e-06, 4.36203e-06),
          Joint("th_mcp", 14, -0.47, 2.443, 0.953, 800, "mcp", curl=0.4),
          (("capsule", (0, 0.008, -0.0145), (0, 0.024, -0.0145), 0.012),
           ("capsule", (0, 0.038, -0.006), (0, 0.038, -0.022), 0.008)),
-         THUMB_PROXIMAL_BOXES),
+         (((0, 0.0105, -0.014), (0.010, 0.020, 0.012)),
+          ((0, 0.031, -0.015), (0.010, 0.002, 0.016)),
+          ((0, 0.042, 0.001), (0.007, 0.010, 0.002)),
+          ((0, 0.042, -0.029), (0.007, 0.010, 0.002)),
+          ((-0.0135, 0.0175, -0.011656), (0.005, 0.012, 0.009)))),
     Link("th_ds", "th_px", "th", (0, 0.0466, 0.0002), (1e-06, 0, 0, 1),
          0.049, (0.000962, -0.024203, -0.014419),
          (0.35287, 0.311272, -0.632839, 0.614904), (2.08591e-05, 2.0402e-05, 4.71335e-06),
          Joint("th_ipl", 15, -1.34, 1.88, -0.138, 800, "ipl", curl=1.6),
          (("capsule", (0, 0, -0.0145), (0, -0.024, -0.0145), 0.0115),
           ("capsule", (-0.0008, -0.043, -0.0144), (-0.0008, -0.0506, -0.0144), 0.0115)),
-         THUMB_DISTAL_BOXES),
+         (((0, -0.0085, -0.015), (0.010, 0.018, 0.012)),
+          ((0, -0.029, -0.014), (0.010, 0.002, 0.015)),
+          ((0.015, -0.0175, -0.0115), (0.004, 0.012, 0.009)),
+          ((-0.00085, -0.0468, -0.01445), (0.01045, 0.0153, 0.01215)))),
 )
 TIPS = {                         # fingertip link: centre of the tip (m) in its frame
     "if_ds": (-0.0013, -0.0336, 0.0145),
@@ -272,10 +246,10 @@ for link in LINKS:
     _moved[link.name] = _moved.get(link.parent, 0) + (link.joint is not None)
     if link.finger and _moved[link.name] > max(1, FINGER.count(link.finger) - 2):
         OUTER.add(link.name)
-POSITIVE = ("CONTROL_HZ MAX_STEP MOVE_SPEED CURRENT SUPPLY COUNT RPM FULL_DUTY KT RESISTANCE "
-            "ARMATURE FRICTION STRIBECK_SPEED REACH SCALE BALLS").split()
 OTHERS = ("HAND WATCH stages D_GAIN MODELS CURRENT_LIMIT VOLTAGE SAG RUB RUB_STRIBECK LOAD "
           "LOAD_STRIBECK VISCOUS STRIBECK_EXPONENT BACKLASH BOX CAMERA").split()
+POSITIVE = ("CONTROL_HZ MAX_STEP MOVE_SPEED CURRENT SUPPLY COUNT RPM FULL_DUTY KT RESISTANCE "
+            "ARMATURE FRICTION STRIBECK_SPEED REACH SCALE BALLS").split()
 
 
 def wrong_with_the_table():
@@ -302,18 +276,15 @@ def wrong_with_the_table():
                 yield f"link {link.name} {text}"
         above = [*above[:above.index(link.parent) + 1 if parent else 0], link.name]
         known[link.name] = link
-    tips = [link.name for link in LINKS if link.name in TIPS]
-    for bad, text in (
-            (len(set(MOTOR_ID)) < N, "two joints have the same motor_id"),
-            (len({joint.name for joint in JOINTS}) < N, "two joints have the same name"),
-            (sorted(known[tip].finger or "" for tip in tips) != sorted(FINGERS),
-             f"TIPS must name one link of each of the fingers {FINGERS}"),
-            (list(TIPS) != tips, f"TIPS must be of LINKS and in their order: {tips}"),
-            (len({known[name].finger for name in OUTER if known[name].shapes}) < 2,
-             "no two fingers can touch: their last two links have no shapes")):
-        if bad:
-            yield text
-    for name in (*POSITIVE, *OTHERS):
+    if len(set(MOTOR_ID)) < N:
+        yield "two joints have the same motor_id"
+    if len({joint.name for joint in JOINTS}) < N:
+        yield "two joints have the same name"
+    if [name in known and known[name].finger for name in TIPS] != FINGERS:
+        yield f"TIPS must name one link of each of the fingers {FINGERS}, in this order"
+    if len({known[name].finger for name in OUTER if known[name].shapes}) < 2:
+        yield "no two fingers can touch: their last two links have no shapes"
+    for name in POSITIVE + OTHERS:
         value = globals().get(name)
         if value is None:
             yield f"it has no {name}"
@@ -335,11 +306,10 @@ def refuse(line):
 
 
 try:
-    _line = next(wrong_with_the_table(), None)
+    for _line in wrong_with_the_table():
+        refuse(_line)
 except Exception as error:
-    _line = f"it cannot be read ({error})"
-if _line:
-    refuse(_line)
+    refuse(f"it cannot be read ({error})")
 # the motor in the textbook sense of the training simulator: torque from duty from error
 DUTY_PER_RAD = P_GAIN / COUNT / FULL_DUTY
 STIFFNESS = DUTY_PER_RAD * KT * SUPPLY / RESISTANCE                # N m / rad: 1.50, sides 1.12
@@ -400,15 +370,13 @@ class Reading(NamedTuple):
 
 
 class Hand:
-    """What every hand has in common: the only door through which a command passes."""
+    """What every hand has in common: the only door through which a command passes. A hand of its
+    own kind adds `read()`, which returns a `Reading`, and `_write(target)`."""
     realtime = True            # the caller keeps the time; False: a command takes one tick
     target = None              # (N,) rad, last command; None while torque is off
 
     def __init__(self):
         self.events = []       # (time.time(), kind, text) of everything unusual
-
-    def read(self) -> Reading:
-        raise NotImplementedError
 
     def command(self, target):
         """Send joint targets (N,) rad, clipped to the joint limits and then to MAX_STEP from the
@@ -449,12 +417,6 @@ class Hand:
     def rest(self):
         """Torque off until the next command: for pauses longer than SILENCE."""
         self.target = None
-
-    def reconnect(self, patience=600):
-        """After a BusError: make the hand usable again, torque off."""
-
-    def _write(self, target):
-        raise NotImplementedError
 
     def close(self):
         """Let go and leave. May be called twice."""
