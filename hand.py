@@ -447,22 +447,17 @@ def drive(hand, act, steps, watch=None):
 
 
 # ------------------------------------------------------------ a real hand: Dynamixel motors
-# It can be left alone overnight: a reading is of this moment or there is none; a goal is inside
-# the limits; torque goes off by every door, also when this process is killed or frozen (`guard`);
-# what can be mended (reboot, heat, unplugged adapter) `reconnect` mends.
 # Control table, units, shutdown: ROBOTIS e-manual, XL330-M288 and XC330-M288, Protocol 2.0.
 # One definition of angles: motor angle = ZERO + calibrated offset + SIGN * joint angle.
 BAUD = 4_000_000
-EEPROM = {                     # what a motor must remember: address, bytes, value
+SETTINGS = {                   # address, bytes, value; what is below 64 a motor remembers
     "return delay": (9, 1, 0), "drive mode": (10, 1, 0), "operating mode": (11, 1, 5),
     "secondary id": (12, 1, 255), "homing offset": (20, 4, 0), "temperature limit": (31, 1, 70),
     "PWM limit": (36, 2, 885), "startup": (60, 1, 0), "shutdown": (63, 1, 53),
-}                              # and the current limit (38, 2), by model
-RAM = {                        # set at every start and after every reboot
     "bus watchdog": (98, 1, 0), "I gain": (82, 2, 0), "D gain": (80, 2, D_GAIN),
     "P gain": (84, 2, P_GAIN), "feedforward": (88, 4, 0), "goal PWM": (100, 2, 885),
     "acceleration": (108, 4, 0), "velocity": (112, 4, 0),
-}                              # and the goal current (102, 2), by model
+}                              # and by model: current limit (38, 2), goal current (102, 2)
 TORQUE_OFF = bytes.fromhex("fffffd00fe060003400000 2e16")    # write 0 to address 64, to all
 ERRORS = {0: "input voltage", 2: "overheating", 3: "encoder",
           4: "electrical shock", 5: "overload"}              # bits of address 70
@@ -488,10 +483,7 @@ NO_PORT = {
 
 def find_port():
     """The serial device of a U2D2 (FTDI FT232H), by its stable name; None without."""
-    try:
-        from serial.tools.list_ports import comports
-    except ImportError:
-        return None
+    from serial.tools.list_ports import comports
     found = [stable_name(p.device) for p in comports() if (p.vid, p.pid) == (0x0403, 0x6014)]
     if len(found) > 1:
         raise Problem(f"{len(found)} adapters found ({', '.join(found)}): choose one with --port")
@@ -619,10 +611,16 @@ class DynamixelHand(Hand):
                 port.ser.close()
 
     def _sdk(self, call, *args):
-        """One call of the SDK, after a sign of life. A port that is gone becomes a BusError."""
+        """One call of the SDK, after a sign of life to the guardian; a loop that hangs gives none.
+        A port that is gone becomes a BusError."""
         if self.port is None:
             raise BusError(f"{self.path} is closed")
-        self._beat()
+        try:
+            if self.guardian is not None:
+                os.write(self.guardian.stdin.fileno(), b".")
+        except OSError:
+            self._fail("guardian", f"no sign of life for {SILENCE} s (paused, frozen or too slow), "
+                                   "so the guardian switched torque off")
         try:
             return call(self.port, *args)
         except self.gone as error:
@@ -630,15 +628,6 @@ class DynamixelHand(Hand):
         finally:
             if self.port is not None:
                 self.port.is_using = False       # the SDK's busy flag stays behind after errors
-
-    def _beat(self):
-        """Tell the guardian that we live; a loop that hangs does not."""
-        try:
-            if self.guardian is not None:
-                os.write(self.guardian.stdin.fileno(), b".")
-        except OSError:
-            self._fail("guardian", f"no sign of life for {SILENCE} s (paused, frozen or too slow), "
-                                   "so the guardian switched torque off")
 
     def _tell(self, address, size, values):
         """Sync write, which no motor answers. values: integers, one or one per motor."""
@@ -670,8 +659,10 @@ class DynamixelHand(Hand):
                 elif result == -3001 or self.port.isPacketTimeout():
                     break
             complete = len(answers) == N
-            if (attempt or not complete) and self._drain():
-                answers = {}                     # more than was asked for: some of it is old
+            # what still comes within 3 ms is more than was asked for: some of it is old
+            if (attempt or not complete) and any(
+                    [self._sdk(lambda port: port.ser.read(1024)) for _ in range(3)]):
+                answers = {}
             elif complete:
                 if alert:
                     self.next_health = 0.0       # a motor is in error: look at once
@@ -694,11 +685,7 @@ class DynamixelHand(Hand):
             text = f"{motors(silent or lost)}: no answer: check its cable, the supply and its id"
         self._fail("silent", text)
 
-    def _drain(self):
-        """Drop what still comes in within 3 ms, and say whether there was anything."""
-        return any([self._sdk(lambda port: port.ser.read(1024)) for _ in range(3)])
-
-    def _set(self, address, size, values, name="a setting"):
+    def _set(self, address, size, values, name):
         """Write to all motors and read back until it is so, or BusError."""
         want = np.broadcast_to(values, N).astype(np.int64) % (1 << 8 * size)
         for _ in range(TRIES):
@@ -715,8 +702,8 @@ class DynamixelHand(Hand):
         self._let_go()
         self._note(kind, text)
         most, seconds = MAX_FAULTS
-        since = time.time() - seconds
-        recent = [k for t, k, _ in self.events if k in ERRORS.values() and t > since]
+        recent = [other for when, other, _ in self.events
+                  if other in ERRORS.values() and when > time.time() - seconds]
         if kind in recent and len(recent) >= most:
             raise Problem(f"{len(recent)} shutdowns within {seconds} s: let the hand cool, check "
                           f"load, supply and cables; last: {text}")
@@ -751,19 +738,17 @@ class DynamixelHand(Hand):
 
     def reconnect(self, patience=600):
         """After a BusError: find the adapter, reboot motors in error, wait until they are cool.
-
-        Tries again after 0.2 s, doubling to 5 s; Problem when `patience` (s) ends."""
+        Problem when `patience` (s) ends."""
         self._let_go()
-        wait, until = 0.2, time.monotonic() + patience
+        until = time.monotonic() + patience
         while True:
             try:
                 self.bring_up()
                 return self._note("ready", "connected again")
             except Problem as problem:
-                if time.monotonic() + wait > until:
+                if time.monotonic() > until:
                     raise Problem(f"gave up after {patience:g} s: {problem}") from None
-            time.sleep(wait)
-            wait = min(2 * wait, 5.0)
+            time.sleep(2.0)
 
     # ---- from the cable to a hand that can be moved
     def bring_up(self):
@@ -787,7 +772,7 @@ class DynamixelHand(Hand):
                           "update it with Dynamixel Wizard")
         self.passed(f"motors       {N} of {N}, firmware {', '.join(map(str, np.unique(firmware)))}")
         self._reboot_if_in_error()
-        self._settings(table, models)
+        self._settings(models, table)
         self.passed("settings     operating mode 5, return delay 0, gains and limits of the table")
         self.passed(f"power        {self.health()}, no error flags")
         q = self.read().q
@@ -800,20 +785,21 @@ class DynamixelHand(Hand):
         self.passed("joints       all within their limits")
         self.hot = REST_ABOVE
 
-    def _settings(self, table, models):
-        """Give every motor the settings of the table. `table` (16, 64) is what it remembers."""
+    def _settings(self, models, remembered):
+        """Give every motor the settings of the table. `remembered` (N, 64): what it has of them."""
         limit = np.rint([1000 * CURRENT_LIMIT[m] for m in models]).astype(int)       # mA
-        for name, (address, size, value) in (EEPROM | {"current limit": (38, 2, limit)}).items():
-            now = _integers(table, address, size) % (1 << 8 * size)
-            wrong = now != value
-            if wrong.any():
+        by_model = {"current limit": (38, 2, limit), "goal current": (102, 2, limit)}
+        for name, (address, size, value) in (SETTINGS | by_model).items():
+            if address < 64:
+                now = _integers(remembered, address, size) % (1 << 8 * size)
+                wrong = now != value
+                if not wrong.any():
+                    continue
                 must = np.broadcast_to(value, N)[wrong][0]
                 text = f"{motors(wrong)}: {name} is {now[wrong][0]}, must be {must}"
-                if not self.agree(text):
+                if not self.agree(f"{text}. Set it?"):
                     raise Problem(f"{text}: answer yes to have it set")
-                self._set(address, size, value, name)
-                self._note("setting", text + ": set")
-        for name, (address, size, value) in (RAM | {"goal current": (102, 2, limit)}).items():
+                self._note("setting", text)
             self._set(address, size, value, name)
 
     def _reboot_if_in_error(self):
@@ -874,7 +860,7 @@ class DynamixelHand(Hand):
 
     def _write(self, target):
         if self.guardian is None:
-            self._engage()
+            self._engage()                       # frozen meanwhile? then `_tell` finds no guardian
         # the limits once more; a joint that was found outside them may only come back
         low, high = np.minimum(self.lowest, self.goal), np.maximum(self.highest, self.goal)
         self.goal = np.clip(self._counts(target), low, high)
@@ -896,7 +882,6 @@ class DynamixelHand(Hand):
         self._set(116, 4, self.goal, "goal position")
         self._set(98, 1, WATCHDOG, "bus watchdog")
         self._set(64, 1, 1, "torque")
-        self._beat()                             # frozen meanwhile? then the guardian is gone
 
 
 def _integers(raw, start, size):
@@ -907,21 +892,14 @@ def _integers(raw, start, size):
 
 def _error_names(flags):
     """Hardware error bits (n,) in words."""
-    every = int(np.bitwise_or.reduce(flags))
-    names = [name for bit, name in ERRORS.items() if every >> bit & 1]
-    return ", ".join(names) or f"error {every}"
+    return ", ".join(name for bit, name in ERRORS.items() if (flags >> bit & 1).any())
 
 
 # -------------------------------------------------------------- from the cable to a working hand
-# One line for each thing that is right. The first that is wrong ends the check with what to do
-# about it and exit status 2. First what can be seen without moving (`DynamixelHand.bring_up`, the
-# same checks that every script makes). Then, after a yes, each joint by itself goes a little back
-# and then softly against a mechanical stop, which the table knows: that shows whether it moves,
-# whether it moves alone, and where its zero is. Writes calibration.json, which the driver reads.
-#
-# Any mounting will do. Keep the space around the fingers free, also behind them: they bend back
-# 20 degrees.
-SOFT = 350       # mA, at most: 0.13 N m, a push of 1.3 N at a fingertip
+# First what can be seen without moving (`DynamixelHand.bring_up`, as in every script). Then each
+# joint by itself goes a little back and then softly against a stop, which the table knows: that
+# shows whether it moves, whether it moves alone, and where its zero is.
+SOFT = 350       # mA: 0.13 N m, a push of 1.3 N at a fingertip
 NUDGE = 0.25     # rad, how far a joint goes back before it is pressed
 BACK = 7         # ticks, for that
 PRESS = 0.08     # rad per tick, how fast it then goes to its stop
@@ -929,14 +907,13 @@ FINE = 0.12      # rad: as far as a zero may be off; further away something is m
 END = 4.2        # rad: further than any joint goes, also mirrored or turned by 90 degrees
 JAMMED = 0.1     # rad: a joint that moves less is jammed
 ALONE = 0.02     # rad, how far the joints of other fingers may move
+BENT = 1.2       # rad, of the base joint while a side joint is pressed
 
 # The pose from which joints are pressed, for any direction of gravity. Curled, a finger is light
 # enough to be lifted with SOFT (straight, 0.077 N m and friction are too much), and nothing is in
 # its way: fingers are as wide as the gaps between them, so a side joint reaches its stop only when
 # its finger is bent and its neighbours are not. A pip goes to its upper stop, for on its way to the
 # lower one the links meet first.
-BENT = 1.2       # rad, of the base joint while a side joint is pressed
-
 CURLED = np.clip([joint.curl for joint in JOINTS], LOW, HIGH)
 TOWARD = np.array([joint.stop for joint in JOINTS])               # upper stop +1, lower -1
 STOP = np.where(TOWARD > 0, HIGH, LOW)                            # rad
@@ -948,30 +925,24 @@ def check(argv=None):
     add = parser.add_argument
     add("--check", action="store_true", required=True, help="walk from the cable to a working hand")
     add("--port", default="auto", help="serial device, or auto")
-    add("--yes", action="store_true", help="answer every question with yes")
-    add("--calibration", default=str(CALIBRATION), help="file for the zero offsets")
+    add("--calibration", default=CALIBRATION, help="file for the zero offsets")
     args = parser.parse_args(argv)
 
     def agree(question):
-        if args.yes:
-            return True
         print(f"{question} [y/N] ", end="", flush=True)
         return sys.stdin.readline().strip().lower() in ("y", "yes")
 
     def passed(line):
         print(f"ok  {line}", flush=True)
 
-    with DynamixelHand(args.port, args.calibration, passed=passed,
-                       agree=lambda text: agree(f"{text}. Set it?")) as hand:
+    with DynamixelHand(args.port, args.calibration, agree, passed) as hand:
         if not agree("Each joint will now move, softly, for about a minute. "
                      "Is the space around the fingers free?"):
             print("not moved; everything that can be checked without moving is right")
-            return 0
-        limits = _integers(hand._ask(38, 2), 0, 2)
-        hand._set(102, 2, np.minimum(limits, SOFT), name="goal current")
+            return
+        hand._set(102, 2, SOFT, "goal current")
         stops, moved, others = press_each(hand)
         hand.rest()
-    print_table(stops, moved, others)
     judge(stops, moved, others)
     passed("movement     every joint moves, and only that one")
     if not agree(f"Did {WATCH}?"):
@@ -980,23 +951,25 @@ def check(argv=None):
     passed(f"zeros        within {np.rad2deg(np.abs(stops - STOP).max()):.1f} degrees of the table")
     save_calibration(args.calibration, hand.offset + SIGN * (stops - STOP))
     print(f"zero offsets written to {args.calibration}")
-    return 0
 
 
 def press_each(hand):
-    """Press every joint by itself. Three (16,) arrays in rad: where it came to rest (nan: never),
-    how far it moved on the way, and the most that a joint of another finger moved meanwhile."""
+    """Press every joint by itself, and print how it did. Three (N,) arrays in rad: where it came to
+    rest (nan: never), how far it moved, and the most that a joint of another finger moved."""
     stops, moved, others = np.zeros((3, N))
     hand.move_to(CURLED)
-    for j in range(N):
+    print("\njoint      moved  others    stop  offset  (degrees)")
+    for j, joint in enumerate(JOINTS):
         pose = CURLED.copy()
         if SIDE[j]:
             pose[BASE & (np.array(FINGER) == FINGER[j])] = BENT
         ease(hand, pose)
         stops[j], travel = press(hand, j)
+        ease(hand, pose)
         moved[j] = travel[j]
         others[j] = max(travel[k] for k in range(N) if FINGER[k] != FINGER[j])
-        ease(hand, pose)
+        degrees = np.rad2deg([moved[j], others[j], stops[j], stops[j] - STOP[j]])
+        print(f"{joint.name:8}", *(f"{angle:7.1f}" for angle in degrees), flush=True)
     hand.move_to(REST)
     return stops, moved, others
 
@@ -1004,34 +977,31 @@ def press_each(hand):
 def ease(hand, pose):
     """Straight to a pose, and wait until the motors have taken up their load."""
     far = np.abs(pose - hand.target).max()
-    for _ in range(int(far / PRESS) + 6):
-        hand.command(hand.target + np.clip(pose - hand.target, -PRESS, PRESS))
-        hand.tick()
+    drive(hand, lambda q: hand.target + np.clip(pose - hand.target, -PRESS, PRESS),
+          int(far / PRESS) + 6)
 
 
 def press(hand, j):
-    """Joint j a little back and then against its stop, at most SOFT. Returns where it came to rest
-    (rad, nan if it turns and turns) and how far every joint moved in all (16,)."""
-    q = hand.read().q
-    seen = [q]
-    goal, side, start = hand.target.copy(), TOWARD[j], q[j]
+    """Joint j a little back and then against its stop. Returns where it came to rest (rad, nan if
+    it turns and turns) and how far every joint moved in all (N,)."""
+    goal, side, seen = hand.target.copy(), TOWARD[j], [hand.read().q]
     still = 0                                            # ticks at rest, the goal being far away
     for tick in range(1, 200):
+        before = seen[-1][j]
         if tick <= BACK:
-            goal[j] = start - side * min(NUDGE, PRESS * tick)
+            goal[j] = seen[0][j] - side * min(NUDGE, PRESS * tick)
         else:
-            goal[j] = side * min(side * goal[j] + PRESS, side * q[j] + 0.3)
-        # beyond the limits of the table: only here, and soft
-        hand._tell(116, 4, np.rint((ZERO + hand.offset + SIGN * goal) / COUNT))
+            goal[j] = side * min(side * goal[j] + PRESS, side * before + 0.3)
+        hand._tell(116, 4, hand._counts(goal))           # beyond the limits: only here, and soft
         hand.tick()
-        last, q = q, hand.read().q
-        seen.append(q)
-        far = side * (goal[j] - q[j]) > 0.2
-        still = still + 1 if far and abs(q[j] - last[j]) < 0.01 else 0
+        seen.append(hand.read().q)
+        now = seen[-1][j]
+        far = side * (goal[j] - now) > 0.2
+        still = still + 1 if far and abs(now - before) < 0.01 else 0
         if still == 4 or side * goal[j] > END:
             break
-    hand.target = np.clip(q, LOW, HIGH)
-    return (q[j] if still == 4 else np.nan), np.ptp(seen, axis=0)
+    hand.target = np.clip(seen[-1], LOW, HIGH)
+    return (now if still == 4 else np.nan), np.ptp(seen, axis=0)
 
 
 def judge(stops, moved, others):
@@ -1045,30 +1015,17 @@ def judge(stops, moved, others):
                 "turns the wrong way (mounted mirrored, or SIGN in the table of hand.py), or its "
                 "id is swapped with another one of its finger")
     certain = (
-        (np.isnan(stops), "turns without end: the horn screw is missing, or the finger is not "
-                          "attached to it"),
-        (beyond > FINE, f"goes further than it can, see its offset above: {mounting}"),
-    )
+        (np.isnan(stops), "turns without end: no horn screw, or the finger is not on its horn"),
+        (beyond > FINE, f"goes further than it can, see its offset above: {mounting}"))
     likely = (
-        (jammed, "does not move when told to: jammed joint, something in its way, or a horn screw "
-                 "too tight"),
+        (jammed, "does not move: jammed, something in its way, or its horn screw is too tight"),
         (short, f"stops early, see its offset above: something blocks the joint, or {mounting}"),
         (drawn, "moving it moves another finger's joint: fingers tied together, something between "
-                "them, or a cable that pulls"),
-    )
+                "them, or a cable that pulls"))
     for findings in certain, likely:
         lines = [f"{motors(which)}: {text}" for which, text in findings if which.any()]
         if lines:
             raise Problem("; ".join(lines))
-
-
-def print_table(stops, moved, others):
-    print("\njoint    motor   moved  others move   stop  table  offset  (degrees)")
-    for j, joint in enumerate(JOINTS):
-        values = np.rad2deg([moved[j], others[j], stops[j], STOP[j], stops[j] - STOP[j]])
-        print("{:8} {:5}  {:6.1f}  {:11.1f} {:6.1f} {:6.1f}  {:+6.1f}".format(
-            joint.name, joint.motor_id, *values))
-    print()
 
 
 def save_calibration(path, offset):
