@@ -318,15 +318,13 @@ TORQUE = KT * CURRENT                            # N m: 0.128
 
 
 # ------------------------------------------------------------------------------- the interface
-
 class Problem(Exception):
     """Something the user can mend. Printed as one line; exit status 2."""
 
 
 class BusError(Problem):
-    """The hand did not do its part (lost answers, a motor's shutdown, an unplugged adapter).
-
-    It has let go: torque is off. To go on: `reconnect()`, then `move_to()`."""
+    """The hand did not do its part (lost answers, a motor's shutdown, an unplugged adapter) and has
+    let go: torque is off. To go on: `reconnect()`, then `move_to()`."""
 
 
 def run(main):
@@ -346,7 +344,6 @@ def run(main):
 @contextlib.contextmanager
 def atomic_file(path, mode="wb"):
     """A file to write to that becomes `path` when all is written; so `path` is always whole.
-
     Raises `Problem` when it cannot be written, as on a full disk."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -381,7 +378,6 @@ class Hand:
     def command(self, target):
         """Send joint targets (N,) rad, clipped to the joint limits and then to MAX_STEP from the
         last command (torque off: from the joints), so a joint outside comes back step by step.
-
         Returns what was sent. ValueError on NaN or a wrong shape, before anything moves."""
         target = np.asarray(target, float)
         if target.shape != (N,) or not np.isfinite(target).all():
@@ -399,12 +395,10 @@ class Hand:
         for goal in stages(here, q):
             seconds = np.abs(goal - here).max() / MOVE_SPEED
             steps = max(1, int(np.ceil(seconds * CONTROL_HZ)))
-            for i in range(1, steps + 1):
-                self.command(here + (goal - here) * i / steps)
-                reached = self.read().q
-                self.tick()
+            way = iter(np.linspace(here, goal, steps + 1)[1:])
+            drive(self, lambda q: next(way), steps)
             here = goal
-        return reached
+        return self.read().q
 
     def tick(self):
         """Wait for the next control tick, 50 ms after the last. A virtual hand need not."""
@@ -821,9 +815,7 @@ class DynamixelHand(Hand):
     # ---- moving
     def health(self):
         """Torque, error flags, voltage and temperature of every motor, asked for once a second.
-
-        Returns the ranges as text. Lets go and raises when a motor is not well; reconnect() mends
-        what can be mended."""
+        Returns the ranges as text. Lets go and raises when a motor is not well."""
         self.next_health = time.monotonic() + 1.0
         status, power = self._ask(64, 35), self._ask(144, 3)
         flags, degrees = status[:, 6], power[:, 2]
@@ -963,9 +955,9 @@ def press_each(hand):
         pose = CURLED.copy()
         if SIDE[j]:
             pose[BASE & (np.array(FINGER) == FINGER[j])] = BENT
-        ease(hand, pose)
+        hand.move_to(pose)
         stops[j], travel = press(hand, j)
-        ease(hand, pose)
+        hand.move_to(pose)
         moved[j] = travel[j]
         others[j] = max(travel[k] for k in range(N) if FINGER[k] != FINGER[j])
         degrees = np.rad2deg([moved[j], others[j], stops[j], stops[j] - STOP[j]])
@@ -974,16 +966,10 @@ def press_each(hand):
     return stops, moved, others
 
 
-def ease(hand, pose):
-    """Straight to a pose, and wait until the motors have taken up their load."""
-    far = np.abs(pose - hand.target).max()
-    drive(hand, lambda q: hand.target + np.clip(pose - hand.target, -PRESS, PRESS),
-          int(far / PRESS) + 6)
-
-
 def press(hand, j):
     """Joint j a little back and then against its stop. Returns where it came to rest (rad, nan if
     it turns and turns) and how far every joint moved in all (N,)."""
+    drive(hand, lambda q: hand.target, 6)                # until motors have taken up their load
     goal, side, seen = hand.target.copy(), TOWARD[j], [hand.read().q]
     still = 0                                            # ticks at rest, the goal being far away
     for tick in range(1, 200):
