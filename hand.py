@@ -464,7 +464,6 @@ REST_ABOVE, REST_UNTIL = 65, 55                              # C; the motors shu
 SLACK = 0.2                    # rad that a joint may read outside its limits
 MAX_FAULTS = 8, 300            # stop after so many shutdowns within so many seconds
 BY_ID = "/dev/serial/by-id"
-LATENCY = "/sys/bus/usb-serial/devices/{}/latency_timer"
 CALIBRATION = Path(__file__).with_name("calibration.json")
 BUSY = "is in use: close the other program (another run, Dynamixel Wizard)"
 NO_PORT = {
@@ -596,7 +595,7 @@ class DynamixelHand(Hand):
                     raise Problem(f"port {self.path!r} {why}")
                 time.sleep(0.05)
         with contextlib.suppress(OSError, ValueError, AttributeError, NotImplementedError):
-            self.port.ser.set_low_latency_mode(True)         # FTDI on Linux: 1 ms
+            self.port.ser.set_low_latency_mode(True)         # FTDI on Linux: 1 ms, not 16
 
     def _close_port(self):
         port, self.port = self.port, None
@@ -652,12 +651,10 @@ class DynamixelHand(Hand):
                     break
                 elif result == -3001 or self.port.isPacketTimeout():
                     break
-            complete = len(answers) == N
-            # what still comes within 3 ms is more than was asked for: some of it is old
-            if (attempt or not complete) and any(
-                    [self._sdk(lambda port: port.ser.read(1024)) for _ in range(3)]):
-                answers = {}
-            elif complete:
+            if attempt or len(answers) < N:      # more than was asked for: some of it is old
+                late = [self._sdk(lambda port: port.ser.read(1024)) for _ in range(3)]       # 3 ms
+                answers = {} if any(late) else answers
+            if len(answers) == N:
                 if alert:
                     self.next_health = 0.0       # a motor is in error: look at once
                 return np.stack([answers[i] for i in MOTOR_ID])
@@ -748,10 +745,6 @@ class DynamixelHand(Hand):
     def bring_up(self):
         """Check everything without moving; the first thing that is wrong raises Problem."""
         self._open()
-        timer = Path(LATENCY.format(os.path.basename(os.path.realpath(self.path))))
-        if timer.exists() and int(timer.read_text()) > 1:
-            raise Problem(f"latency timer is {timer.read_text().strip()} ms, and every read waits "
-                          f"for it: `echo 1 | sudo tee {timer}`")
         self.passed(f"port         {self.path}")
         self._tell(64, 1, 0)                     # let go, whoever drove before
         self._tell(68, 1, 2)                     # answer to everything
@@ -759,8 +752,7 @@ class DynamixelHand(Hand):
         models, firmware = _integers(table, 0, 2), table[:, 6]
         unknown, old = ~np.isin(models, list(MODELS)), firmware < FIRMWARE
         if unknown.any():
-            raise Problem(f"{motors(unknown)}: not an {' or '.join(MODELS.values())}, but model "
-                          f"number {models[unknown][0]}")
+            raise Problem(f"{motors(unknown)}: model number {models[unknown][0]}, not in {MODELS}")
         if old.any():
             raise Problem(f"{motors(old)}: firmware {firmware.min()} is older than {FIRMWARE}: "
                           "update it with Dynamixel Wizard")
@@ -893,7 +885,6 @@ def _error_names(flags):
 # shows whether it moves, whether it moves alone, and where its zero is.
 SOFT = 350       # mA: 0.13 N m, a push of 1.3 N at a fingertip
 NUDGE = 0.25     # rad, how far a joint goes back before it is pressed
-BACK = 7         # ticks, for that
 PRESS = 0.08     # rad per tick, how fast it then goes to its stop
 FINE = 0.12      # rad: as far as a zero may be off; further away something is mounted wrongly
 END = 4.2        # rad: further than any joint goes, also mirrored or turned by 90 degrees
@@ -949,15 +940,15 @@ def press_each(hand):
     """Press every joint by itself, and print how it did. Three (N,) arrays in rad: where it came to
     rest (nan: never), how far it moved, and the most that a joint of another finger moved."""
     stops, moved, others = np.zeros((3, N))
-    hand.move_to(CURLED)
     print("\njoint      moved  others    stop  offset  (degrees)")
     for j, joint in enumerate(JOINTS):
+        hand.move_to(CURLED)
         pose = CURLED.copy()
+        pose[j] -= TOWARD[j] * NUDGE
         if SIDE[j]:
             pose[BASE & (np.array(FINGER) == FINGER[j])] = BENT
         hand.move_to(pose)
         stops[j], travel = press(hand, j)
-        hand.move_to(pose)
         moved[j] = travel[j]
         others[j] = max(travel[k] for k in range(N) if FINGER[k] != FINGER[j])
         degrees = np.rad2deg([moved[j], others[j], stops[j], stops[j] - STOP[j]])
@@ -967,17 +958,14 @@ def press_each(hand):
 
 
 def press(hand, j):
-    """Joint j a little back and then against its stop. Returns where it came to rest (rad, nan if
-    it turns and turns) and how far every joint moved in all (N,)."""
+    """Joint j softly against its stop. Returns where it came to rest (rad, nan if it turns and
+    turns) and how far every joint moved (N,)."""
     drive(hand, lambda q: hand.target, 6)                # until motors have taken up their load
     goal, side, seen = hand.target.copy(), TOWARD[j], [hand.read().q]
     still = 0                                            # ticks at rest, the goal being far away
-    for tick in range(1, 200):
+    for _ in range(200):
         before = seen[-1][j]
-        if tick <= BACK:
-            goal[j] = seen[0][j] - side * min(NUDGE, PRESS * tick)
-        else:
-            goal[j] = side * min(side * goal[j] + PRESS, side * before + 0.3)
+        goal[j] = side * min(side * goal[j] + PRESS, side * before + 0.3)
         hand._tell(116, 4, hand._counts(goal))           # beyond the limits: only here, and soft
         hand.tick()
         seen.append(hand.read().q)
@@ -1006,8 +994,7 @@ def judge(stops, moved, others):
     likely = (
         (jammed, "does not move: jammed, something in its way, or its horn screw is too tight"),
         (short, f"stops early, see its offset above: something blocks the joint, or {mounting}"),
-        (drawn, "moving it moves another finger's joint: fingers tied together, something between "
-                "them, or a cable that pulls"))
+        (drawn, "moves another finger's joint as well: tied together, wedged, or a cable pulls"))
     for findings in certain, likely:
         lines = [f"{motors(which)}: {text}" for which, text in findings if which.any()]
         if lines:

@@ -844,13 +844,6 @@ def test_plugged_in_again_under_another_name(bus, monkeypatch, tmp_path):
             os.close(end)
 
 
-def test_a_slow_latency_timer(bus, monkeypatch, tmp_path):
-    (tmp_path / "latency_timer").write_text("16\n")
-    monkeypatch.setattr(H, "LATENCY", str(tmp_path / "latency_timer"))
-    with pytest.raises(H.Problem, match="latency timer is 16 ms.*tee"):
-        DynamixelHand(bus.path, NO_FILE)
-
-
 # ---------------------------------------------------------------------------- the stages on the bus
 def whole_and_safe(path, bus):
     """A trajectory of 20 s at 20 Hz that the fingers followed within the limits, and a hand that
