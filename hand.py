@@ -176,9 +176,7 @@ LINKS = (
           ((-0.00085, -0.0468, -0.01445), (0.01045, 0.0153, 0.01215)))),
 )
 TIPS = {                         # fingertip link: centre of the tip (m) in its frame
-    "if_ds": (-0.0013, -0.0336, 0.0145),
-    "mf_ds": (-0.0013, -0.0336, 0.0145),
-    "rf_ds": (-0.0013, -0.0336, 0.0145),
+    **dict.fromkeys(("if_ds", "mf_ds", "rf_ds"), (-0.0013, -0.0336, 0.0145)),
     "th_ds": (-0.0013, -0.0456, -0.0145),
 }
 
@@ -259,7 +257,6 @@ def wrong_with_the_table():
         parent, finger, j = known.get(link.parent), link.finger, link.joint
         its, begun = parent and parent.finger, {other.finger for other in known.values()}
         for bad, text in (
-                (link.name in known, "is there twice"),
                 (not known and (link.parent or finger or j), "is the first, but not a bare palm"),
                 (known and not parent, f"hangs on {link.parent}: unknown, or later"),
                 (parent and link.parent not in above, f"is not next to others on {link.parent}"),
@@ -278,8 +275,6 @@ def wrong_with_the_table():
         known[link.name] = link
     if len(set(MOTOR_ID)) < N:
         yield "two joints have the same motor_id"
-    if len({joint.name for joint in JOINTS}) < N:
-        yield "two joints have the same name"
     if [name in known and known[name].finger for name in TIPS] != FINGERS:
         yield f"TIPS must name one link of each of the fingers {FINGERS}, in this order"
     if len({known[name].finger for name in OUTER if known[name].shapes}) < 2:
@@ -562,7 +557,6 @@ class DynamixelHand(Hand):
         self.gone = OSError, termios.error       # what a port raises when it is unplugged
         self.next_health, self.hot = 0.0, REST_ABOVE
         self.offset = load_calibration(calibration)
-        self.lowest, self.highest = np.sort(self._counts(np.array([LOW, HIGH])), axis=0)
         self.agree, self.passed = agree, passed
         try:
             self.bring_up()
@@ -845,10 +839,7 @@ class DynamixelHand(Hand):
     def _write(self, target):
         if self.guardian is None:
             self._engage()                       # frozen meanwhile? then `_tell` finds no guardian
-        # the limits once more; a joint that was found outside them may only come back
-        low, high = np.minimum(self.lowest, self.goal), np.maximum(self.highest, self.goal)
-        self.goal = np.clip(self._counts(target), low, high)
-        self._tell(116, 4, self.goal)
+        self._tell(116, 4, self._counts(target))
 
     def _engage(self):
         """Torque on at the present pose, under guard, or off again and BusError."""
@@ -862,8 +853,7 @@ class DynamixelHand(Hand):
         if not select.select([out], [], [], 5.0)[0] or out.read(1) != b"!":
             self._fail("guardian", "the guardian did not start, and without it there is no torque")
         self._set(98, 1, 0, "bus watchdog")      # one that has tripped refuses goals
-        self.goal = _integers(self._ask(132, 4), 0, 4)
-        self._set(116, 4, self.goal, "goal position")
+        self._set(116, 4, _integers(self._ask(132, 4), 0, 4), "goal position")
         self._set(98, 1, WATCHDOG, "bus watchdog")
         self._set(64, 1, 1, "torque")
 
@@ -944,7 +934,6 @@ def press_each(hand):
     for j, joint in enumerate(JOINTS):
         hand.move_to(CURLED)
         pose = CURLED.copy()
-        pose[j] -= TOWARD[j] * NUDGE
         if SIDE[j]:
             pose[BASE & (np.array(FINGER) == FINGER[j])] = BENT
         hand.move_to(pose)
@@ -958,10 +947,12 @@ def press_each(hand):
 
 
 def press(hand, j):
-    """Joint j softly against its stop. Returns where it came to rest (rad, nan if it turns and
-    turns) and how far every joint moved (N,)."""
-    drive(hand, lambda q: hand.target, 6)                # until motors have taken up their load
-    goal, side, seen = hand.target.copy(), TOWARD[j], [hand.read().q]
+    """Joint j a little back and then softly against its stop. Returns where it came to rest (rad,
+    nan if it turns and turns) and how far every joint moved (N,)."""
+    side, back = TOWARD[j], hand.target.copy()
+    back[j] = hand.read().q[j] - side * NUDGE
+    drive(hand, lambda q: back, 20)                      # until motors have taken up their load
+    goal, seen = hand.target.copy(), [hand.read().q]
     still = 0                                            # ticks at rest, the goal being far away
     for _ in range(200):
         before = seen[-1][j]
