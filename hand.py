@@ -62,71 +62,14 @@ class Link(NamedTuple):
 
 
 # ----------------------------------------------------------------------------------- the table
-# Kinematics, masses, limits and collision boxes: LEAP Hand (right) as published with its URDF and
-# its MuJoCo model.
-# `boxes` are the published collision boxes, and what objects meet. `shapes` are as wide and reach
-# as far, but few and round: fingers meet each other, the palm and balls with them in the training
+# LEAP Hand (right): kinematics, masses, limits and collision boxes as published with its URDF and
+# its MuJoCo model. `boxes` are what objects meet, and the virtual hand is made of them alone.
+# `shapes` are as wide (a knuckle as its fork, the part between knuckles as its motor) and reach as
+# far, but few and round: fingers meet each other, the palm and balls with them in the training
 # simulator, because boxes of neighbouring fingers that pass into each other make MuJoCo 4.0.0 end
 # the process. They are capsules ("capsule", from, to, radius) and boxes ("box", centre, half
 # sizes). The last shape of a fingertip link, a capsule, is its rubber tip, for objects too, and its
-# last box is the tip's extent. The virtual hand is made of the boxes alone.
-
-# A knuckle is as wide as its fork, the part between knuckles as its motor.
-BASE_BOXES = (
-    ((0, 0.018, 0.0147), (0.010, 0.003, 0.017)),
-    ((-0.027, 0.042, 0.015), (0.014, 0.020, 0.010)),
-    ((-0.0262, 0.020, 0.0146), (0.017, 0.003, 0.010)),
-    ((-0.0295, 0.035, 0.029), (0.010, 0.012, 0.004)),
-    ((0, 0.005, 0.030), (0.007, 0.010, 0.002)),
-    ((0, 0.005, -0.001), (0.007, 0.010, 0.002)),
-)
-PROXIMAL_BOXES = (((0.0075, -0.0002, -0.011), (0.017, 0.013, 0.011)),)
-MEDIAL_BOXES = (
-    ((0, -0.020, 0.015), (0.008, 0.003, 0.013)),
-    ((0, -0.016, 0.015), (0.010, 0.002, 0.017)),
-    ((0, -0.0045, 0.030), (0.007, 0.010, 0.002)),
-    ((0, -0.0045, 0), (0.007, 0.010, 0.002)),
-    ((0.0075, -0.035, 0.015), (0.017, 0.011, 0.013)),
-)
-DISTAL_BOXES = (
-    ((0, -0.017, 0.015), (0.010, 0.003, 0.015)),
-    ((0, -0.006, 0.030), (0.007, 0.011, 0.002)),
-    ((0, -0.006, -0.001), (0.007, 0.011, 0.002)),
-    ((-0.00085, -0.0348, 0.01455), (0.01045, 0.0152, 0.01215)),      # the tip's extent
-)
-PALM_BOXES = (
-    ((-0.009, 0.008, -0.011), (0.011, 0.013, 0.017)),
-    ((-0.009, -0.037, -0.011), (0.011, 0.013, 0.017)),
-    ((-0.009, -0.082, -0.011), (0.011, 0.013, 0.017)),
-    ((-0.066, -0.078, -0.0115), (0.029, 0.010, 0.023), (0.989016, 0, 0, -0.147806)),
-    ((-0.030, -0.035, -0.003), (0.010, 0.060, 0.015)),
-    ((-0.032, -0.035, -0.024), (0.005, 0.060, 0.010), (0.923956, 0, 0.382499, 0)),
-    ((-0.048, -0.033, -0.0115), (0.012, 0.058, 0.023)),
-    ((-0.078, -0.053, -0.0115), (0.022, 0.026, 0.023)),
-    ((-0.098, -0.009, -0.006), (0.002, 0.018, 0.017)),
-    ((-0.078, -0.003, 0.010), (0.022, 0.028, 0.002)),
-)
-THUMB_BASE_BOXES = (((-0.0075, -0.0002, -0.011), (0.017, 0.013, 0.011)),)
-THUMB_BRACKET_BOXES = (
-    ((0, 0, -0.0015), (0.009, 0.0165, 0.002)),
-    ((0, -0.015, -0.013), (0.007, 0.002, 0.010)),
-    ((0, 0.015, -0.013), (0.007, 0.002, 0.010)),
-)
-THUMB_PROXIMAL_BOXES = (
-    ((0, 0.0105, -0.014), (0.010, 0.020, 0.012)),
-    ((0, 0.031, -0.015), (0.010, 0.002, 0.016)),
-    ((0, 0.042, 0.001), (0.007, 0.010, 0.002)),
-    ((0, 0.042, -0.029), (0.007, 0.010, 0.002)),
-    ((-0.0135, 0.0175, -0.011656), (0.005, 0.012, 0.009)),
-)
-THUMB_DISTAL_BOXES = (
-    ((0, -0.0085, -0.015), (0.010, 0.018, 0.012)),
-    ((0, -0.029, -0.014), (0.010, 0.002, 0.015)),
-    ((0.015, -0.0175, -0.0115), (0.004, 0.012, 0.009)),
-    ((-0.00085, -0.0468, -0.01445), (0.01045, 0.0153, 0.01215)),     # the tip's extent
-)
-
-
+# last box is the tip's extent.
 def _finger(prefix, base, motor, grasp):
     """Four links of one of the three equal fingers: base bracket, proximal, medial, distal."""
     bs, px, md, ds = (f"{prefix}_{part}" for part in ("bs", "px", "md", "ds"))
@@ -137,13 +80,18 @@ def _finger(prefix, base, motor, grasp):
              (0.388092, 0.677951, -0.247713, 0.573067), (1.74972e-05, 1.61504e-05, 7.21342e-06),
              Joint(f"{prefix}_mcp", motor + 1, -0.314, 2.23, mcp, 800, "base"),
              (("capsule", (-0.027, 0.032, 0.015), (-0.027, 0.050, 0.015), 0.013),),
-             BASE_BOXES),
+             (((0, 0.018, 0.0147), (0.010, 0.003, 0.017)),
+              ((-0.027, 0.042, 0.015), (0.014, 0.020, 0.010)),
+              ((-0.0262, 0.020, 0.0146), (0.017, 0.003, 0.010)),
+              ((-0.0295, 0.035, 0.029), (0.010, 0.012, 0.004)),
+              ((0, 0.005, 0.030), (0.007, 0.010, 0.002)),
+              ((0, 0.005, -0.001), (0.007, 0.010, 0.002)))),
         Link(px, bs, prefix, (-0.0122, 0.0381, 0.0145), (0.500003, -0.5, -0.499997, 0.5),
              0.032, (0.0075, -0.0002, -0.011),
              (0, 0.707107, 0, 0.707107), (4.8853e-06, 4.3733e-06, 3.0933e-06),
              Joint(f"{prefix}_rot", motor + 0, -1.047, 1.047, rot, 600, "side"),
              (("capsule", (0.002, 0, -0.011), (0.013, 0, -0.011), 0.012),),
-             PROXIMAL_BOXES),
+             (((0.0075, -0.0002, -0.011), (0.017, 0.013, 0.011)),)),
         Link(md, px, prefix, (0.015, 0.0143, -0.013), (0.500003, 0.5, -0.5, 0.499997),
              0.037, (0.005422, -0.029148, 0.015),
              (0.687228, 0.687228, 0.166487, 0.166487), (8.28004e-06, 8.1598e-06, 5.39516e-06),
@@ -152,14 +100,21 @@ def _finger(prefix, base, motor, grasp):
               ("capsule", (-0.0055, -0.028, 0.006), (-0.0055, -0.028, 0.024), 0.004),
               ("capsule", (-0.0055, -0.042, 0.006), (-0.0055, -0.042, 0.024), 0.004),
               ("capsule", (0.0025, -0.035, 0.015), (0.0125, -0.035, 0.015), 0.012)),
-             MEDIAL_BOXES),
+             (((0, -0.020, 0.015), (0.008, 0.003, 0.013)),
+              ((0, -0.016, 0.015), (0.010, 0.002, 0.017)),
+              ((0, -0.0045, 0.030), (0.007, 0.010, 0.002)),
+              ((0, -0.0045, 0), (0.007, 0.010, 0.002)),
+              ((0.0075, -0.035, 0.015), (0.017, 0.011, 0.013)))),
         Link(ds, md, prefix, (0, -0.0361, 0.0002), (1, 0, 0, 0),
              0.016, (-0.000879, -0.027019, 0.014594),
              (0.702905, 0.710643, -0.021294, -0.02142), (3.71863e-06, 3.02396e-06, 1.6518e-06),
              Joint(f"{prefix}_dip", motor + 3, -0.366, 2.042, dip, 800, "dip", curl=1.2),
              (("capsule", (0, -0.0075, 0.006), (0, -0.0075, 0.023), 0.009),
               ("capsule", (-0.0008, -0.0311, 0.0146), (-0.0008, -0.0385, 0.0146), 0.0115)),
-             DISTAL_BOXES),
+             (((0, -0.017, 0.015), (0.010, 0.003, 0.015)),
+              ((0, -0.006, 0.030), (0.007, 0.011, 0.002)),
+              ((0, -0.006, -0.001), (0.007, 0.011, 0.002)),
+              ((-0.00085, -0.0348, 0.01455), (0.01045, 0.0152, 0.01215)))),
     )
 
 
@@ -172,7 +127,16 @@ LINKS = (
          None,
          (("box", (-0.029, -0.037, -0.011), (0.031, 0.058, 0.023)),
           ("box", (-0.078, -0.040, -0.0115), (0.022, 0.040, 0.023))),
-         PALM_BOXES),
+         (((-0.009, 0.008, -0.011), (0.011, 0.013, 0.017)),
+          ((-0.009, -0.037, -0.011), (0.011, 0.013, 0.017)),
+          ((-0.009, -0.082, -0.011), (0.011, 0.013, 0.017)),
+          ((-0.066, -0.078, -0.0115), (0.029, 0.010, 0.023), (0.989016, 0, 0, -0.147806)),
+          ((-0.030, -0.035, -0.003), (0.010, 0.060, 0.015)),
+          ((-0.032, -0.035, -0.024), (0.005, 0.060, 0.010), (0.923956, 0, 0.382499, 0)),
+          ((-0.048, -0.033, -0.0115), (0.012, 0.058, 0.023)),
+          ((-0.078, -0.053, -0.0115), (0.022, 0.026, 0.023)),
+          ((-0.098, -0.009, -0.006), (0.002, 0.018, 0.017)),
+          ((-0.078, -0.003, 0.010), (0.022, 0.028, 0.002)))),
     *_finger("if", (-0.007, 0.023, -0.0187), 0, (1.244, 0.082, 0.265, 0.298)),
     *_finger("mf", (-0.0071, -0.0224, -0.0187), 4, (1.096, 0.005, 0.080, 0.150)),
     *_finger("rf", (-0.00709, -0.0678, -0.0187), 8, (1.337, 0.029, 0.285, 0.317)),
@@ -180,31 +144,39 @@ LINKS = (
          0.032, (0.0075, -0.0002, -0.011),
          (0, 0.707107, 0, 0.707107), (4.8853e-06, 4.3733e-06, 3.0933e-06),
          Joint("th_cmc", 12, -0.349, 2.094, 1.163, 800, "cmc"),
-         (), THUMB_BASE_BOXES),
+         (), (((-0.0075, -0.0002, -0.011), (0.017, 0.013, 0.011)),)),
     Link("th_bs", "th_mp", "th", (0, 0.0143, -0.013), (0.500003, 0.5, -0.5, 0.499997),
          0.003, (0, 0, -0.007081),
          (0.707107, 0.707107, 0, 0), (6.1932e-07, 5.351e-07, 2.1516e-07),
          Joint("th_axl", 13, -0.349, 2.094, 1.104, 800, "axl"),
-         (), THUMB_BRACKET_BOXES),
+         (),
+         (((0, 0, -0.0015), (0.009, 0.0165, 0.002)),
+          ((0, -0.015, -0.013), (0.007, 0.002, 0.010)),
+          ((0, 0.015, -0.013), (0.007, 0.002, 0.010)))),
     Link("th_px", "th_bs", "th", (0, 0.0145, -0.017), (0.707109, -0.707105, 0, 0),
          0.038, (-0.002059, 0.015912, -0.013733),
          (0.698518, 0.697382, -0.104933, 0.121324), (9.87104e-06, 9.32653e-06, 4.36203e-06),
          Joint("th_mcp", 14, -0.47, 2.443, 0.953, 800, "mcp", curl=0.4),
          (("capsule", (0, 0.008, -0.0145), (0, 0.024, -0.0145), 0.012),
           ("capsule", (0, 0.038, -0.006), (0, 0.038, -0.022), 0.008)),
-         THUMB_PROXIMAL_BOXES),
+         (((0, 0.0105, -0.014), (0.010, 0.020, 0.012)),
+          ((0, 0.031, -0.015), (0.010, 0.002, 0.016)),
+          ((0, 0.042, 0.001), (0.007, 0.010, 0.002)),
+          ((0, 0.042, -0.029), (0.007, 0.010, 0.002)),
+          ((-0.0135, 0.0175, -0.011656), (0.005, 0.012, 0.009)))),
     Link("th_ds", "th_px", "th", (0, 0.0466, 0.0002), (1e-06, 0, 0, 1),
          0.049, (0.000962, -0.024203, -0.014419),
          (0.35287, 0.311272, -0.632839, 0.614904), (2.08591e-05, 2.0402e-05, 4.71335e-06),
          Joint("th_ipl", 15, -1.34, 1.88, -0.138, 800, "ipl", curl=1.6),
          (("capsule", (0, 0, -0.0145), (0, -0.024, -0.0145), 0.0115),
           ("capsule", (-0.0008, -0.043, -0.0144), (-0.0008, -0.0506, -0.0144), 0.0115)),
-         THUMB_DISTAL_BOXES),
+         (((0, -0.0085, -0.015), (0.010, 0.018, 0.012)),
+          ((0, -0.029, -0.014), (0.010, 0.002, 0.015)),
+          ((0.015, -0.0175, -0.0115), (0.004, 0.012, 0.009)),
+          ((-0.00085, -0.0468, -0.01445), (0.01045, 0.0153, 0.01215)))),
 )
 TIPS = {                         # fingertip link: centre of the tip (m) in its frame
-    "if_ds": (-0.0013, -0.0336, 0.0145),
-    "mf_ds": (-0.0013, -0.0336, 0.0145),
-    "rf_ds": (-0.0013, -0.0336, 0.0145),
+    **dict.fromkeys(("if_ds", "mf_ds", "rf_ds"), (-0.0013, -0.0336, 0.0145)),
     "th_ds": (-0.0013, -0.0456, -0.0145),
 }
 
@@ -272,10 +244,10 @@ for link in LINKS:
     _moved[link.name] = _moved.get(link.parent, 0) + (link.joint is not None)
     if link.finger and _moved[link.name] > max(1, FINGER.count(link.finger) - 2):
         OUTER.add(link.name)
-POSITIVE = ("CONTROL_HZ MAX_STEP MOVE_SPEED CURRENT SUPPLY COUNT RPM FULL_DUTY KT RESISTANCE "
-            "ARMATURE FRICTION STRIBECK_SPEED REACH SCALE BALLS").split()
 OTHERS = ("HAND WATCH stages D_GAIN MODELS CURRENT_LIMIT VOLTAGE SAG RUB RUB_STRIBECK LOAD "
           "LOAD_STRIBECK VISCOUS STRIBECK_EXPONENT BACKLASH BOX CAMERA").split()
+POSITIVE = ("CONTROL_HZ MAX_STEP MOVE_SPEED CURRENT SUPPLY COUNT RPM FULL_DUTY KT RESISTANCE "
+            "ARMATURE FRICTION STRIBECK_SPEED REACH SCALE BALLS").split()
 
 
 def wrong_with_the_table():
@@ -285,7 +257,6 @@ def wrong_with_the_table():
         parent, finger, j = known.get(link.parent), link.finger, link.joint
         its, begun = parent and parent.finger, {other.finger for other in known.values()}
         for bad, text in (
-                (link.name in known, "is there twice"),
                 (not known and (link.parent or finger or j), "is the first, but not a bare palm"),
                 (known and not parent, f"hangs on {link.parent}: unknown, or later"),
                 (parent and link.parent not in above, f"is not next to others on {link.parent}"),
@@ -302,18 +273,13 @@ def wrong_with_the_table():
                 yield f"link {link.name} {text}"
         above = [*above[:above.index(link.parent) + 1 if parent else 0], link.name]
         known[link.name] = link
-    tips = [link.name for link in LINKS if link.name in TIPS]
-    for bad, text in (
-            (len(set(MOTOR_ID)) < N, "two joints have the same motor_id"),
-            (len({joint.name for joint in JOINTS}) < N, "two joints have the same name"),
-            (sorted(known[tip].finger or "" for tip in tips) != sorted(FINGERS),
-             f"TIPS must name one link of each of the fingers {FINGERS}"),
-            (list(TIPS) != tips, f"TIPS must be of LINKS and in their order: {tips}"),
-            (len({known[name].finger for name in OUTER if known[name].shapes}) < 2,
-             "no two fingers can touch: their last two links have no shapes")):
-        if bad:
-            yield text
-    for name in (*POSITIVE, *OTHERS):
+    if len(set(MOTOR_ID)) < N:
+        yield "two joints have the same motor_id"
+    if [name in known and known[name].finger for name in TIPS] != FINGERS:
+        yield f"TIPS must name one link of each of the fingers {FINGERS}, in this order"
+    if len({known[name].finger for name in OUTER if known[name].shapes}) < 2:
+        yield "no two fingers can touch: their last two links have no shapes"
+    for name in POSITIVE + OTHERS:
         value = globals().get(name)
         if value is None:
             yield f"it has no {name}"
@@ -335,11 +301,10 @@ def refuse(line):
 
 
 try:
-    _line = next(wrong_with_the_table(), None)
+    for _line in wrong_with_the_table():
+        refuse(_line)
 except Exception as error:
-    _line = f"it cannot be read ({error})"
-if _line:
-    refuse(_line)
+    refuse(f"it cannot be read ({error})")
 # the motor in the textbook sense of the training simulator: torque from duty from error
 DUTY_PER_RAD = P_GAIN / COUNT / FULL_DUTY
 STIFFNESS = DUTY_PER_RAD * KT * SUPPLY / RESISTANCE                # N m / rad: 1.50, sides 1.12
@@ -348,15 +313,13 @@ TORQUE = KT * CURRENT                            # N m: 0.128
 
 
 # ------------------------------------------------------------------------------- the interface
-
 class Problem(Exception):
     """Something the user can mend. Printed as one line; exit status 2."""
 
 
 class BusError(Problem):
-    """The hand did not do its part (lost answers, a motor's shutdown, an unplugged adapter).
-
-    It has let go: torque is off. To go on: `reconnect()`, then `move_to()`."""
+    """The hand did not do its part (lost answers, a motor's shutdown, an unplugged adapter) and has
+    let go: torque is off. To go on: `reconnect()`, then `move_to()`."""
 
 
 def run(main):
@@ -376,7 +339,6 @@ def run(main):
 @contextlib.contextmanager
 def atomic_file(path, mode="wb"):
     """A file to write to that becomes `path` when all is written; so `path` is always whole.
-
     Raises `Problem` when it cannot be written, as on a full disk."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -400,20 +362,17 @@ class Reading(NamedTuple):
 
 
 class Hand:
-    """What every hand has in common: the only door through which a command passes."""
+    """What every hand has in common: the only door through which a command passes. A hand of its
+    own kind adds `read()`, which returns a `Reading`, and `_write(target)`."""
     realtime = True            # the caller keeps the time; False: a command takes one tick
     target = None              # (N,) rad, last command; None while torque is off
 
     def __init__(self):
         self.events = []       # (time.time(), kind, text) of everything unusual
 
-    def read(self) -> Reading:
-        raise NotImplementedError
-
     def command(self, target):
         """Send joint targets (N,) rad, clipped to the joint limits and then to MAX_STEP from the
         last command (torque off: from the joints), so a joint outside comes back step by step.
-
         Returns what was sent. ValueError on NaN or a wrong shape, before anything moves."""
         target = np.asarray(target, float)
         if target.shape != (N,) or not np.isfinite(target).all():
@@ -431,12 +390,10 @@ class Hand:
         for goal in stages(here, q):
             seconds = np.abs(goal - here).max() / MOVE_SPEED
             steps = max(1, int(np.ceil(seconds * CONTROL_HZ)))
-            for i in range(1, steps + 1):
-                self.command(here + (goal - here) * i / steps)
-                reached = self.read().q
-                self.tick()
+            way = iter(np.linspace(here, goal, steps + 1)[1:])
+            drive(self, lambda q: next(way), steps)
             here = goal
-        return reached
+        return self.read().q
 
     def tick(self):
         """Wait for the next control tick, 50 ms after the last. A virtual hand need not."""
@@ -449,12 +406,6 @@ class Hand:
     def rest(self):
         """Torque off until the next command: for pauses longer than SILENCE."""
         self.target = None
-
-    def reconnect(self, patience=600):
-        """After a BusError: make the hand usable again, torque off."""
-
-    def _write(self, target):
-        raise NotImplementedError
 
     def close(self):
         """Let go and leave. May be called twice."""
@@ -485,22 +436,17 @@ def drive(hand, act, steps, watch=None):
 
 
 # ------------------------------------------------------------ a real hand: Dynamixel motors
-# It can be left alone overnight: a reading is of this moment or there is none; a goal is inside
-# the limits; torque goes off by every door, also when this process is killed or frozen (`guard`);
-# what can be mended (reboot, heat, unplugged adapter) `reconnect` mends.
 # Control table, units, shutdown: ROBOTIS e-manual, XL330-M288 and XC330-M288, Protocol 2.0.
 # One definition of angles: motor angle = ZERO + calibrated offset + SIGN * joint angle.
 BAUD = 4_000_000
-EEPROM = {                     # what a motor must remember: address, bytes, value
+SETTINGS = {                   # address, bytes, value; what is below 64 a motor remembers
     "return delay": (9, 1, 0), "drive mode": (10, 1, 0), "operating mode": (11, 1, 5),
     "secondary id": (12, 1, 255), "homing offset": (20, 4, 0), "temperature limit": (31, 1, 70),
     "PWM limit": (36, 2, 885), "startup": (60, 1, 0), "shutdown": (63, 1, 53),
-}                              # and the current limit (38, 2), by model
-RAM = {                        # set at every start and after every reboot
     "bus watchdog": (98, 1, 0), "I gain": (82, 2, 0), "D gain": (80, 2, D_GAIN),
     "P gain": (84, 2, P_GAIN), "feedforward": (88, 4, 0), "goal PWM": (100, 2, 885),
     "acceleration": (108, 4, 0), "velocity": (112, 4, 0),
-}                              # and the goal current (102, 2), by model
+}                              # and by model: current limit (38, 2), goal current (102, 2)
 TORQUE_OFF = bytes.fromhex("fffffd00fe060003400000 2e16")    # write 0 to address 64, to all
 ERRORS = {0: "input voltage", 2: "overheating", 3: "encoder",
           4: "electrical shock", 5: "overload"}              # bits of address 70
@@ -513,7 +459,6 @@ REST_ABOVE, REST_UNTIL = 65, 55                              # C; the motors shu
 SLACK = 0.2                    # rad that a joint may read outside its limits
 MAX_FAULTS = 8, 300            # stop after so many shutdowns within so many seconds
 BY_ID = "/dev/serial/by-id"
-LATENCY = "/sys/bus/usb-serial/devices/{}/latency_timer"
 CALIBRATION = Path(__file__).with_name("calibration.json")
 BUSY = "is in use: close the other program (another run, Dynamixel Wizard)"
 NO_PORT = {
@@ -526,10 +471,7 @@ NO_PORT = {
 
 def find_port():
     """The serial device of a U2D2 (FTDI FT232H), by its stable name; None without."""
-    try:
-        from serial.tools.list_ports import comports
-    except ImportError:
-        return None
+    from serial.tools.list_ports import comports
     found = [stable_name(p.device) for p in comports() if (p.vid, p.pid) == (0x0403, 0x6014)]
     if len(found) > 1:
         raise Problem(f"{len(found)} adapters found ({', '.join(found)}): choose one with --port")
@@ -615,7 +557,6 @@ class DynamixelHand(Hand):
         self.gone = OSError, termios.error       # what a port raises when it is unplugged
         self.next_health, self.hot = 0.0, REST_ABOVE
         self.offset = load_calibration(calibration)
-        self.lowest, self.highest = np.sort(self._counts(np.array([LOW, HIGH])), axis=0)
         self.agree, self.passed = agree, passed
         try:
             self.bring_up()
@@ -648,7 +589,7 @@ class DynamixelHand(Hand):
                     raise Problem(f"port {self.path!r} {why}")
                 time.sleep(0.05)
         with contextlib.suppress(OSError, ValueError, AttributeError, NotImplementedError):
-            self.port.ser.set_low_latency_mode(True)         # FTDI on Linux: 1 ms
+            self.port.ser.set_low_latency_mode(True)         # FTDI on Linux: 1 ms, not 16
 
     def _close_port(self):
         port, self.port = self.port, None
@@ -657,10 +598,16 @@ class DynamixelHand(Hand):
                 port.ser.close()
 
     def _sdk(self, call, *args):
-        """One call of the SDK, after a sign of life. A port that is gone becomes a BusError."""
+        """One call of the SDK, after a sign of life to the guardian; a loop that hangs gives none.
+        A port that is gone becomes a BusError."""
         if self.port is None:
             raise BusError(f"{self.path} is closed")
-        self._beat()
+        try:
+            if self.guardian is not None:
+                os.write(self.guardian.stdin.fileno(), b".")
+        except OSError:
+            self._fail("guardian", f"no sign of life for {SILENCE} s (paused, frozen or too slow), "
+                                   "so the guardian switched torque off")
         try:
             return call(self.port, *args)
         except self.gone as error:
@@ -668,15 +615,6 @@ class DynamixelHand(Hand):
         finally:
             if self.port is not None:
                 self.port.is_using = False       # the SDK's busy flag stays behind after errors
-
-    def _beat(self):
-        """Tell the guardian that we live; a loop that hangs does not."""
-        try:
-            if self.guardian is not None:
-                os.write(self.guardian.stdin.fileno(), b".")
-        except OSError:
-            self._fail("guardian", f"no sign of life for {SILENCE} s (paused, frozen or too slow), "
-                                   "so the guardian switched torque off")
 
     def _tell(self, address, size, values):
         """Sync write, which no motor answers. values: integers, one or one per motor."""
@@ -707,10 +645,10 @@ class DynamixelHand(Hand):
                     break
                 elif result == -3001 or self.port.isPacketTimeout():
                     break
-            complete = len(answers) == N
-            if (attempt or not complete) and self._drain():
-                answers = {}                     # more than was asked for: some of it is old
-            elif complete:
+            if attempt or len(answers) < N:      # more than was asked for: some of it is old
+                late = [self._sdk(lambda port: port.ser.read(1024)) for _ in range(3)]       # 3 ms
+                answers = {} if any(late) else answers
+            if len(answers) == N:
                 if alert:
                     self.next_health = 0.0       # a motor is in error: look at once
                 return np.stack([answers[i] for i in MOTOR_ID])
@@ -732,11 +670,7 @@ class DynamixelHand(Hand):
             text = f"{motors(silent or lost)}: no answer: check its cable, the supply and its id"
         self._fail("silent", text)
 
-    def _drain(self):
-        """Drop what still comes in within 3 ms, and say whether there was anything."""
-        return any([self._sdk(lambda port: port.ser.read(1024)) for _ in range(3)])
-
-    def _set(self, address, size, values, name="a setting"):
+    def _set(self, address, size, values, name):
         """Write to all motors and read back until it is so, or BusError."""
         want = np.broadcast_to(values, N).astype(np.int64) % (1 << 8 * size)
         for _ in range(TRIES):
@@ -753,8 +687,8 @@ class DynamixelHand(Hand):
         self._let_go()
         self._note(kind, text)
         most, seconds = MAX_FAULTS
-        since = time.time() - seconds
-        recent = [k for t, k, _ in self.events if k in ERRORS.values() and t > since]
+        recent = [other for when, other, _ in self.events
+                  if other in ERRORS.values() and when > time.time() - seconds]
         if kind in recent and len(recent) >= most:
             raise Problem(f"{len(recent)} shutdowns within {seconds} s: let the hand cool, check "
                           f"load, supply and cables; last: {text}")
@@ -789,28 +723,22 @@ class DynamixelHand(Hand):
 
     def reconnect(self, patience=600):
         """After a BusError: find the adapter, reboot motors in error, wait until they are cool.
-
-        Tries again after 0.2 s, doubling to 5 s; Problem when `patience` (s) ends."""
+        Problem when `patience` (s) ends."""
         self._let_go()
-        wait, until = 0.2, time.monotonic() + patience
+        until = time.monotonic() + patience
         while True:
             try:
                 self.bring_up()
                 return self._note("ready", "connected again")
             except Problem as problem:
-                if time.monotonic() + wait > until:
+                if time.monotonic() > until:
                     raise Problem(f"gave up after {patience:g} s: {problem}") from None
-            time.sleep(wait)
-            wait = min(2 * wait, 5.0)
+            time.sleep(2.0)
 
     # ---- from the cable to a hand that can be moved
     def bring_up(self):
         """Check everything without moving; the first thing that is wrong raises Problem."""
         self._open()
-        timer = Path(LATENCY.format(os.path.basename(os.path.realpath(self.path))))
-        if timer.exists() and int(timer.read_text()) > 1:
-            raise Problem(f"latency timer is {timer.read_text().strip()} ms, and every read waits "
-                          f"for it: `echo 1 | sudo tee {timer}`")
         self.passed(f"port         {self.path}")
         self._tell(64, 1, 0)                     # let go, whoever drove before
         self._tell(68, 1, 2)                     # answer to everything
@@ -818,14 +746,13 @@ class DynamixelHand(Hand):
         models, firmware = _integers(table, 0, 2), table[:, 6]
         unknown, old = ~np.isin(models, list(MODELS)), firmware < FIRMWARE
         if unknown.any():
-            raise Problem(f"{motors(unknown)}: not an {' or '.join(MODELS.values())}, but model "
-                          f"number {models[unknown][0]}")
+            raise Problem(f"{motors(unknown)}: model number {models[unknown][0]}, not in {MODELS}")
         if old.any():
             raise Problem(f"{motors(old)}: firmware {firmware.min()} is older than {FIRMWARE}: "
                           "update it with Dynamixel Wizard")
         self.passed(f"motors       {N} of {N}, firmware {', '.join(map(str, np.unique(firmware)))}")
         self._reboot_if_in_error()
-        self._settings(table, models)
+        self._settings(models, table)
         self.passed("settings     operating mode 5, return delay 0, gains and limits of the table")
         self.passed(f"power        {self.health()}, no error flags")
         q = self.read().q
@@ -838,20 +765,21 @@ class DynamixelHand(Hand):
         self.passed("joints       all within their limits")
         self.hot = REST_ABOVE
 
-    def _settings(self, table, models):
-        """Give every motor the settings of the table. `table` (16, 64) is what it remembers."""
+    def _settings(self, models, remembered):
+        """Give every motor the settings of the table. `remembered` (N, 64): what it has of them."""
         limit = np.rint([1000 * CURRENT_LIMIT[m] for m in models]).astype(int)       # mA
-        for name, (address, size, value) in (EEPROM | {"current limit": (38, 2, limit)}).items():
-            now = _integers(table, address, size) % (1 << 8 * size)
-            wrong = now != value
-            if wrong.any():
+        by_model = {"current limit": (38, 2, limit), "goal current": (102, 2, limit)}
+        for name, (address, size, value) in (SETTINGS | by_model).items():
+            if address < 64:
+                now = _integers(remembered, address, size) % (1 << 8 * size)
+                wrong = now != value
+                if not wrong.any():
+                    continue
                 must = np.broadcast_to(value, N)[wrong][0]
                 text = f"{motors(wrong)}: {name} is {now[wrong][0]}, must be {must}"
-                if not self.agree(text):
+                if not self.agree(f"{text}. Set it?"):
                     raise Problem(f"{text}: answer yes to have it set")
-                self._set(address, size, value, name)
-                self._note("setting", text + ": set")
-        for name, (address, size, value) in (RAM | {"goal current": (102, 2, limit)}).items():
+                self._note("setting", text)
             self._set(address, size, value, name)
 
     def _reboot_if_in_error(self):
@@ -873,9 +801,7 @@ class DynamixelHand(Hand):
     # ---- moving
     def health(self):
         """Torque, error flags, voltage and temperature of every motor, asked for once a second.
-
-        Returns the ranges as text. Lets go and raises when a motor is not well; reconnect() mends
-        what can be mended."""
+        Returns the ranges as text. Lets go and raises when a motor is not well."""
         self.next_health = time.monotonic() + 1.0
         status, power = self._ask(64, 35), self._ask(144, 3)
         flags, degrees = status[:, 6], power[:, 2]
@@ -912,11 +838,8 @@ class DynamixelHand(Hand):
 
     def _write(self, target):
         if self.guardian is None:
-            self._engage()
-        # the limits once more; a joint that was found outside them may only come back
-        low, high = np.minimum(self.lowest, self.goal), np.maximum(self.highest, self.goal)
-        self.goal = np.clip(self._counts(target), low, high)
-        self._tell(116, 4, self.goal)
+            self._engage()                       # frozen meanwhile? then `_tell` finds no guardian
+        self._tell(116, 4, self._counts(target))
 
     def _engage(self):
         """Torque on at the present pose, under guard, or off again and BusError."""
@@ -930,11 +853,9 @@ class DynamixelHand(Hand):
         if not select.select([out], [], [], 5.0)[0] or out.read(1) != b"!":
             self._fail("guardian", "the guardian did not start, and without it there is no torque")
         self._set(98, 1, 0, "bus watchdog")      # one that has tripped refuses goals
-        self.goal = _integers(self._ask(132, 4), 0, 4)
-        self._set(116, 4, self.goal, "goal position")
+        self._set(116, 4, _integers(self._ask(132, 4), 0, 4), "goal position")
         self._set(98, 1, WATCHDOG, "bus watchdog")
         self._set(64, 1, 1, "torque")
-        self._beat()                             # frozen meanwhile? then the guardian is gone
 
 
 def _integers(raw, start, size):
@@ -945,36 +866,27 @@ def _integers(raw, start, size):
 
 def _error_names(flags):
     """Hardware error bits (n,) in words."""
-    every = int(np.bitwise_or.reduce(flags))
-    names = [name for bit, name in ERRORS.items() if every >> bit & 1]
-    return ", ".join(names) or f"error {every}"
+    return ", ".join(name for bit, name in ERRORS.items() if (flags >> bit & 1).any())
 
 
 # -------------------------------------------------------------- from the cable to a working hand
-# One line for each thing that is right. The first that is wrong ends the check with what to do
-# about it and exit status 2. First what can be seen without moving (`DynamixelHand.bring_up`, the
-# same checks that every script makes). Then, after a yes, each joint by itself goes a little back
-# and then softly against a mechanical stop, which the table knows: that shows whether it moves,
-# whether it moves alone, and where its zero is. Writes calibration.json, which the driver reads.
-#
-# Any mounting will do. Keep the space around the fingers free, also behind them: they bend back
-# 20 degrees.
-SOFT = 350       # mA, at most: 0.13 N m, a push of 1.3 N at a fingertip
+# First what can be seen without moving (`DynamixelHand.bring_up`, as in every script). Then each
+# joint by itself goes a little back and then softly against a stop, which the table knows: that
+# shows whether it moves, whether it moves alone, and where its zero is.
+SOFT = 350       # mA: 0.13 N m, a push of 1.3 N at a fingertip
 NUDGE = 0.25     # rad, how far a joint goes back before it is pressed
-BACK = 7         # ticks, for that
 PRESS = 0.08     # rad per tick, how fast it then goes to its stop
 FINE = 0.12      # rad: as far as a zero may be off; further away something is mounted wrongly
 END = 4.2        # rad: further than any joint goes, also mirrored or turned by 90 degrees
 JAMMED = 0.1     # rad: a joint that moves less is jammed
 ALONE = 0.02     # rad, how far the joints of other fingers may move
+BENT = 1.2       # rad, of the base joint while a side joint is pressed
 
 # The pose from which joints are pressed, for any direction of gravity. Curled, a finger is light
 # enough to be lifted with SOFT (straight, 0.077 N m and friction are too much), and nothing is in
 # its way: fingers are as wide as the gaps between them, so a side joint reaches its stop only when
 # its finger is bent and its neighbours are not. A pip goes to its upper stop, for on its way to the
 # lower one the links meet first.
-BENT = 1.2       # rad, of the base joint while a side joint is pressed
-
 CURLED = np.clip([joint.curl for joint in JOINTS], LOW, HIGH)
 TOWARD = np.array([joint.stop for joint in JOINTS])               # upper stop +1, lower -1
 STOP = np.where(TOWARD > 0, HIGH, LOW)                            # rad
@@ -986,30 +898,24 @@ def check(argv=None):
     add = parser.add_argument
     add("--check", action="store_true", required=True, help="walk from the cable to a working hand")
     add("--port", default="auto", help="serial device, or auto")
-    add("--yes", action="store_true", help="answer every question with yes")
-    add("--calibration", default=str(CALIBRATION), help="file for the zero offsets")
+    add("--calibration", default=CALIBRATION, help="file for the zero offsets")
     args = parser.parse_args(argv)
 
     def agree(question):
-        if args.yes:
-            return True
         print(f"{question} [y/N] ", end="", flush=True)
         return sys.stdin.readline().strip().lower() in ("y", "yes")
 
     def passed(line):
         print(f"ok  {line}", flush=True)
 
-    with DynamixelHand(args.port, args.calibration, passed=passed,
-                       agree=lambda text: agree(f"{text}. Set it?")) as hand:
+    with DynamixelHand(args.port, args.calibration, agree, passed) as hand:
         if not agree("Each joint will now move, softly, for about a minute. "
                      "Is the space around the fingers free?"):
             print("not moved; everything that can be checked without moving is right")
-            return 0
-        limits = _integers(hand._ask(38, 2), 0, 2)
-        hand._set(102, 2, np.minimum(limits, SOFT), name="goal current")
+            return
+        hand._set(102, 2, SOFT, "goal current")
         stops, moved, others = press_each(hand)
         hand.rest()
-    print_table(stops, moved, others)
     judge(stops, moved, others)
     passed("movement     every joint moves, and only that one")
     if not agree(f"Did {WATCH}?"):
@@ -1018,58 +924,49 @@ def check(argv=None):
     passed(f"zeros        within {np.rad2deg(np.abs(stops - STOP).max()):.1f} degrees of the table")
     save_calibration(args.calibration, hand.offset + SIGN * (stops - STOP))
     print(f"zero offsets written to {args.calibration}")
-    return 0
 
 
 def press_each(hand):
-    """Press every joint by itself. Three (16,) arrays in rad: where it came to rest (nan: never),
-    how far it moved on the way, and the most that a joint of another finger moved meanwhile."""
+    """Press every joint by itself, and print how it did. Three (N,) arrays in rad: where it came to
+    rest (nan: never), how far it moved, and the most that a joint of another finger moved."""
     stops, moved, others = np.zeros((3, N))
-    hand.move_to(CURLED)
-    for j in range(N):
+    print("\njoint      moved  others    stop  offset  (degrees)")
+    for j, joint in enumerate(JOINTS):
+        hand.move_to(CURLED)
         pose = CURLED.copy()
         if SIDE[j]:
             pose[BASE & (np.array(FINGER) == FINGER[j])] = BENT
-        ease(hand, pose)
+        hand.move_to(pose)
         stops[j], travel = press(hand, j)
         moved[j] = travel[j]
         others[j] = max(travel[k] for k in range(N) if FINGER[k] != FINGER[j])
-        ease(hand, pose)
+        degrees = np.rad2deg([moved[j], others[j], stops[j], stops[j] - STOP[j]])
+        print(f"{joint.name:8}", *(f"{angle:7.1f}" for angle in degrees), flush=True)
     hand.move_to(REST)
     return stops, moved, others
 
 
-def ease(hand, pose):
-    """Straight to a pose, and wait until the motors have taken up their load."""
-    far = np.abs(pose - hand.target).max()
-    for _ in range(int(far / PRESS) + 6):
-        hand.command(hand.target + np.clip(pose - hand.target, -PRESS, PRESS))
-        hand.tick()
-
-
 def press(hand, j):
-    """Joint j a little back and then against its stop, at most SOFT. Returns where it came to rest
-    (rad, nan if it turns and turns) and how far every joint moved in all (16,)."""
-    q = hand.read().q
-    seen = [q]
-    goal, side, start = hand.target.copy(), TOWARD[j], q[j]
+    """Joint j a little back and then softly against its stop. Returns where it came to rest (rad,
+    nan if it turns and turns) and how far every joint moved (N,)."""
+    side, back = TOWARD[j], hand.target.copy()
+    back[j] = hand.read().q[j] - side * NUDGE
+    drive(hand, lambda q: back, 20)                      # until motors have taken up their load
+    goal, seen = hand.target.copy(), [hand.read().q]
     still = 0                                            # ticks at rest, the goal being far away
-    for tick in range(1, 200):
-        if tick <= BACK:
-            goal[j] = start - side * min(NUDGE, PRESS * tick)
-        else:
-            goal[j] = side * min(side * goal[j] + PRESS, side * q[j] + 0.3)
-        # beyond the limits of the table: only here, and soft
-        hand._tell(116, 4, np.rint((ZERO + hand.offset + SIGN * goal) / COUNT))
+    for _ in range(200):
+        before = seen[-1][j]
+        goal[j] = side * min(side * goal[j] + PRESS, side * before + 0.3)
+        hand._tell(116, 4, hand._counts(goal))           # beyond the limits: only here, and soft
         hand.tick()
-        last, q = q, hand.read().q
-        seen.append(q)
-        far = side * (goal[j] - q[j]) > 0.2
-        still = still + 1 if far and abs(q[j] - last[j]) < 0.01 else 0
+        seen.append(hand.read().q)
+        now = seen[-1][j]
+        far = side * (goal[j] - now) > 0.2
+        still = still + 1 if far and abs(now - before) < 0.01 else 0
         if still == 4 or side * goal[j] > END:
             break
-    hand.target = np.clip(q, LOW, HIGH)
-    return (q[j] if still == 4 else np.nan), np.ptp(seen, axis=0)
+    hand.target = np.clip(seen[-1], LOW, HIGH)
+    return (now if still == 4 else np.nan), np.ptp(seen, axis=0)
 
 
 def judge(stops, moved, others):
@@ -1083,30 +980,16 @@ def judge(stops, moved, others):
                 "turns the wrong way (mounted mirrored, or SIGN in the table of hand.py), or its "
                 "id is swapped with another one of its finger")
     certain = (
-        (np.isnan(stops), "turns without end: the horn screw is missing, or the finger is not "
-                          "attached to it"),
-        (beyond > FINE, f"goes further than it can, see its offset above: {mounting}"),
-    )
+        (np.isnan(stops), "turns without end: no horn screw, or the finger is not on its horn"),
+        (beyond > FINE, f"goes further than it can, see its offset above: {mounting}"))
     likely = (
-        (jammed, "does not move when told to: jammed joint, something in its way, or a horn screw "
-                 "too tight"),
+        (jammed, "does not move: jammed, something in its way, or its horn screw is too tight"),
         (short, f"stops early, see its offset above: something blocks the joint, or {mounting}"),
-        (drawn, "moving it moves another finger's joint: fingers tied together, something between "
-                "them, or a cable that pulls"),
-    )
+        (drawn, "moves another finger's joint as well: tied together, wedged, or a cable pulls"))
     for findings in certain, likely:
         lines = [f"{motors(which)}: {text}" for which, text in findings if which.any()]
         if lines:
             raise Problem("; ".join(lines))
-
-
-def print_table(stops, moved, others):
-    print("\njoint    motor   moved  others move   stop  table  offset  (degrees)")
-    for j, joint in enumerate(JOINTS):
-        values = np.rad2deg([moved[j], others[j], stops[j], STOP[j], stops[j] - STOP[j]])
-        print("{:8} {:5}  {:6.1f}  {:11.1f} {:6.1f} {:6.1f}  {:+6.1f}".format(
-            joint.name, joint.motor_id, *values))
-    print()
 
 
 def save_calibration(path, offset):

@@ -2,7 +2,7 @@
 
     bus = PhysicalBus(Clock(), seed=3, wrist="palm_down")
     with in_process(bus):                  # hand.py now talks to this bus, in simulated time
-        H.check(["--check", "--yes", "--port", bus.path, ...])
+        H.check(["--check", "--port", bus.path, ...])
 
 Written from published figures alone; it shares nothing with what policies are trained in. Links are
 as wide as the published collision boxes, so neighbours touch. The motor is the one identified as

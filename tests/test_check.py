@@ -17,18 +17,19 @@ import pytest
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 import hand as H
-from hand_on_the_bus import GRAVITY, Clock, PhysicalBus, in_process
+from hand_on_the_bus import GRAVITY, Clock, PhysicalBus, in_process, patched
 
 TOOTH = 4096 // 25                               # counts, of a spline of 25 teeth
 
 
-def check(bus, *options):
+def check(bus, answers="y\n" * 20):
     """Run it. (None or the line that tells what is wrong, offsets found or None)."""
-    with tempfile.TemporaryDirectory() as folder, in_process(bus):
+    with tempfile.TemporaryDirectory() as folder, in_process(bus), \
+            patched(sys, stdin=io.StringIO(answers)):
         path = Path(folder) / "calibration.json"
         problem = None
         try:
-            H.check(["--check", "--port", bus.path, "--calibration", str(path), *options])
+            H.check(["--check", "--port", bus.path, "--calibration", str(path)])
         except H.Problem as error:
             problem = str(error)
         return problem, H.load_calibration(path) if path.exists() else None
@@ -38,7 +39,7 @@ def healthy(seed, wrist):
     """(problem, largest error of a zero in degrees)."""
     bus = PhysicalBus(Clock(), seed, wrist)
     true = np.array([bus.motors[i].joint.zero_offset for i in H.MOTOR_ID]) * H.COUNT
-    problem, found = check(bus, "--yes")
+    problem, found = check(bus)
     assert not driving(bus)
     return problem, np.inf if found is None else np.rad2deg(np.abs(found - true).max())
 
@@ -147,7 +148,7 @@ def spoiled(fault, seed, wrist):
     fault = BROKEN[fault]
     bus = PhysicalBus(Clock(), seed, wrist, fault.bound)
     fault.spoil(bus)
-    problem, found = check(bus, "--yes")
+    problem, found = check(bus)
     assert not driving(bus) and (problem is None) == (found is not None)
     return problem is not None and all(word in problem for word in fault.words), problem
 
@@ -172,7 +173,7 @@ def test_a_mirrored_motor_that_the_table_knows_is_healthy(monkeypatch):
     bus = PhysicalBus(Clock(), 0, "palm_up")
     bus.sign(2, -1)
     bus.zero_offset(2, 40)
-    problem, found = check(bus, "--yes")
+    problem, found = check(bus)
     assert problem is None
     assert abs(found[H.MOTOR_ID.index(2)] - 40 * H.COUNT) < np.deg2rad(0.6)
 
@@ -185,17 +186,16 @@ def test_full_motors_are_soft_while_they_are_checked():
         step(now)
         seen.update(m["goal_current"] for m in bus.motors.values() if m.driving)
     bus.physics.step = step
-    problem, _ = check(bus, "--yes")
+    problem, _ = check(bus)
     assert problem is None and seen == {H.SOFT}
 
 
 @pytest.mark.parametrize("answers, words", [
     ("y\ny\ny\nn\n", "not moved"), ("y\ny\ny\ny\nn\n", "motor ids are swapped")])
-def test_answers(answers, words, monkeypatch, capsys):
+def test_answers(answers, words, capsys):
     """Three settings to agree to, then the movement, then the order in which they moved."""
-    monkeypatch.setattr(sys, "stdin", io.StringIO(answers))
     bus = PhysicalBus(Clock(), 0, "palm_up")
-    problem, found = check(bus)
+    problem, found = check(bus, answers)
     assert words in (problem or capsys.readouterr().out) and found is None
     assert (bus.stats["goal_writes"] == 0) == (words == "not moved")
 

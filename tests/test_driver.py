@@ -572,16 +572,12 @@ def test_unplugged_and_plugged_in_again(bus, hand):
 
 
 # --------------------------------------------------------------------------- python hand.py --check
-def check(bus_or_path, tmp_path, answers=None):
-    """(exit status, stdout, stderr) of `python hand.py --check`, with --yes unless `answers` (lines
-    of stdin) are given."""
+def check(bus_or_path, tmp_path, answers="y\n" * 20):
+    """(exit status, stdout, stderr) of `python hand.py --check`, and what it is answered."""
     path = getattr(bus_or_path, "path", bus_or_path)
     command = [sys.executable, ROOT / "hand.py", "--check", "--port", path,
                "--calibration", tmp_path / "calibration.json"]
-    if answers is None:
-        command.append("--yes")
-    done = subprocess.run(
-        command, input=answers or "", capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, input=answers, capture_output=True, text=True, timeout=300)
     return done.returncode, done.stdout, done.stderr
 
 
@@ -669,7 +665,7 @@ class Broken(NamedTuple):
     words: str                       # of the one line
     spoil: Callable | None = None    # what is done to the bus, or to the folder of a calibration
     options: dict = {}               # of the bus
-    answers: str | None = None       # lines of stdin; None: --yes
+    answers: str = "y\n" * 20        # lines of stdin
 
 
 def remembers(words, spoil):
@@ -846,13 +842,6 @@ def test_plugged_in_again_under_another_name(bus, monkeypatch, tmp_path):
         hand.read()
         for end in other:
             os.close(end)
-
-
-def test_a_slow_latency_timer(bus, monkeypatch, tmp_path):
-    (tmp_path / "latency_timer").write_text("16\n")
-    monkeypatch.setattr(H, "LATENCY", str(tmp_path / "latency_timer"))
-    with pytest.raises(H.Problem, match="latency timer is 16 ms.*tee"):
-        DynamixelHand(bus.path, NO_FILE)
 
 
 # ---------------------------------------------------------------------------- the stages on the bus
