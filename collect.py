@@ -13,6 +13,7 @@ writes  for every wrist that the policy knows a folder data/PORT-WRIST-LOAD-SOUR
                         index, sequence (its number in sequences.npz), sigma (rad, of the noise)
         00017.jammed    instead of one in which a joint jammed at every attempt
         log.txt         a line per event
+        film.gif        the first trajectory of a virtual hand
 
 Run it again and it goes on after the last whole trajectory. Errors of the bus, a motor's reboot or
 an unplugged adapter cost the running trajectory, nothing more.
@@ -27,11 +28,11 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+import sim                       # before torch: it sets how torch's threads wait
 import numpy as np
 import torch
 
 import hand as H
-import sim
 from sim import EPISODE
 from train_policy import digest, load_policy, simulate
 
@@ -94,10 +95,11 @@ def sequences(job, policy, content):
 
 class Replay:
     """Sends targets (400, N) rad open loop, whatever the joints do, and notices a jam: `act` and
-    `watch` are for `hand.drive`."""
+    `watch` are for `hand.drive`. With `film` it keeps the configurations of a virtual hand."""
 
-    def __init__(self, targets):
+    def __init__(self, targets, film=False):
         self.targets = iter(targets)
+        self.film = [] if film else None
         self.late = np.zeros(H.N, int)       # control steps
         self.jammed = ""
 
@@ -106,6 +108,8 @@ class Replay:
         return next(self.targets)
 
     def watch(self, hand):
+        if self.film is not None:
+            self.film.append(hand.qpos())
         lag = np.abs(hand.target - self.q)
         self.late = np.where(lag > JAM, self.late + 1, 0)
         if self.late.max() < JAM_STEPS:
@@ -139,7 +143,7 @@ def trajectory(hand, job, index, sequence):
         rng = np.random.default_rng([job.facts["seed"], index, attempt])
         sigma = SIGMA if rng.random() < 0.5 else 0.0
         targets = sequence + rng.normal(0, sigma, sequence.shape)
-        replay = Replay(targets)
+        replay = Replay(targets, film=index == 0 and not hand.realtime)
         if not hand.realtime:
             hand.place(sequence[0], stir=ATTEMPTS * index + attempt)
         hand.move_to(sequence[0])
@@ -153,6 +157,8 @@ def trajectory(hand, job, index, sequence):
         with H.atomic_file(path.with_suffix(".jammed"), "w") as file:
             file.write("\n".join(jams) + "\n")
         return Outcome(index, jams)
+    if replay.film:
+        sim.film(hand.model(), replay.film[:200], job.folder / "film.gif", job.facts["wrist"])
     sim.save_npz(path.with_suffix(".npz"), **data, **job.facts, index=index,
                  sequence=index % SEQUENCES, sigma=sigma)
     lag = np.abs(data["target"] - data["q"]).mean()
@@ -269,7 +275,7 @@ def arguments():
     add("--hours", type=float, default=2.0,
         help="of data, shared by the wrists, those there included (default 2)")
     add("--port", default="auto", help="auto, sim, sim:SEED or a serial device")
-    add("--wrist", nargs="+", choices=sim.WRISTS, help="default: all that the policy knows")
+    add("--wrist", nargs="+", choices=sim.WRISTS, help="default: those that the policy knows")
     add("--load", default="balls", choices=("balls", "none"))
     add("--source", default="policy", choices=("policy", "waves"))
     add("--policy", type=Path, default=Path("checkpoints/policy.pt"))
@@ -300,10 +306,16 @@ def jobs_of(args, wrists):
     return jobs
 
 
+def known_wrists(args, content):
+    """Those asked for, or that the policy was trained on and somebody can hold: the named ones."""
+    known = [name for name in content["wrists"] if name in sim.WRISTS]
+    return list(dict.fromkeys(args.wrist or known or sim.WRISTS))
+
+
 def main():
     args = arguments()
     policy, content = load_policy(args.policy)
-    jobs = jobs_of(args, list(dict.fromkeys(args.wrist or content["wrists"])))
+    jobs = jobs_of(args, known_wrists(args, content))
     lacking = [job for job in jobs if missing(job)]
     for job in jobs:
         if job not in lacking:

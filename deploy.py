@@ -3,6 +3,7 @@ r"""Stage 4: the policy, with or without the residual, on the hand at 20 Hz.
     python deploy.py --port sim:1 --wrist palm_down --episodes 3 --gif hand.gif
     python deploy.py --port sim:1 --compare --json results/sim1.json   # ceiling, base, residual
     python deploy.py --port sim:1 --base --record data/sim1-task       # for fit_ndm.py --test
+    python deploy.py --benchmark --json results/benchmark.json         # the paper's table
     python deploy.py --port /dev/ttyUSB0 --wrist palm_up --axis +z     # a real hand
     python deploy.py --live             # see it, steer it, in a window or as text; any hand
     printf 'wait 5\naxis 0 0 -1\nwait 5\n' | python deploy.py --live --gif live.gif
@@ -25,6 +26,11 @@ TTF = seconds until the object fell, RotP = mean of |omega x k|. --compare gives
 (object, mass, friction, grasp, axis, pushes) to the training simulator, which is the ceiling, to
 the hand, and to the hand with the residual; so what counts are differences within trials:
 recovered = (residual - base) / (ceiling - base) in RotR.
+
+--benchmark is the paper's table: the policy in the training simulator, every wrist and axis, on the
+families that it was trained on and on shapes that it has never seen; RotR, TTF (there a share of
+the 20 s), RotP; and how often it brings an object to a goal orientation (GO). It draws wrist x axis
+beside the --json file.
 """
 import argparse
 import atexit
@@ -39,11 +45,11 @@ import sys
 import threading
 from pathlib import Path
 
+import sim                       # before torch: it sets how torch's threads wait
 import numpy as np
 import torch
 
 import hand as H
-import sim
 from collect import processes
 from fit_ndm import load_residual
 from train_policy import act, digest, load_policy
@@ -61,8 +67,7 @@ class Controller:
 
     def __init__(self, policy, residual, wrist, axis, target):
         self.policy, self.residual, self.holding = policy, residual, False
-        self.wrist = np.array([sim.WRISTS[wrist]], float)
-        self.axis = np.array([sim.AXES[axis]], float)
+        self.wrist, self.axis = sim.wrist_of(wrist)[None], sim.axis_of(axis)[None]
         self.base, self.history = np.array([target], float), None       # (1, N) rad
         self.sent = self.base[0]
 
@@ -108,7 +113,7 @@ def begin(port, trial, policy, residual):
     hand.begin(trial)
     controller = Controller(policy, residual, trial.wrist, trial.axis, trial.grasp[H.N + 7:])
     place = hand.object_qpos()[None]
-    return hand, controller, sim.Referee([sim.AXES[trial.axis]], place[:, :3], place[:, 3:])
+    return hand, controller, sim.Referee(controller.axis, place[:, :3], place[:, 3:])
 
 
 def still_held(hand, referee):
@@ -139,9 +144,9 @@ def measured_episode(job):
     return {name: float(value[0]) for name, value in referee.result().items()}
 
 
-def on_the_hand(pool, args, trials, residual):
+def on_the_hand(pool, args, wrist, trials, residual):
     """The trials of one wrist on the virtual hand, on all cores: dict of (n,) arrays."""
-    wrist, film = trials[0].wrist, args.gif
+    film = args.gif
     if film and len(args.wrist) > 1:
         film = film.with_stem(f"{film.stem}-{wrist}")
     first = 10000 * args.wrist.index(wrist)
@@ -156,9 +161,8 @@ def on_the_hand(pool, args, trials, residual):
     return {name: np.array([row[name] for row in rows]) for name in METRICS}
 
 
-def in_training(args, trials, objects, policy):
+def in_training(args, wrist, trials, objects, policy):
     """The trials of one wrist in the training simulator: dict of (n,) arrays."""
-    wrist = trials[0].wrist
     env = sim.Rotation(len(trials), objects, [wrist], args.axis, seed=args.seed)
     return sim.run_episodes(
         env, lambda env: act(policy, env), title=f"ceiling {wrist}", trials=trials)
@@ -173,11 +177,11 @@ def on_a_virtual_hand(args, policy, content):
             trials = sim.trials(objects, wrist, args.axis, args.episodes, args.seed)
             part = parts[wrist] = {}
             if args.compare:
-                part["ceiling"] = in_training(args, trials, objects, policy)
+                part["ceiling"] = in_training(args, wrist, trials, objects, policy)
             if args.compare or args.base:
-                part["base"] = on_the_hand(pool, args, trials, None)
+                part["base"] = on_the_hand(pool, args, wrist, trials, None)
             if not args.base:
-                part["residual"] = on_the_hand(pool, args, trials, args.residual)
+                part["residual"] = on_the_hand(pool, args, wrist, trials, args.residual)
     mean = {kind: {m: np.mean([part[kind][m] for part in parts.values()], 0) for m in METRICS}
             for kind in part}
     wrists = {wrist: summary(part) for wrist, part in parts.items()}
@@ -237,6 +241,99 @@ def print_summary(name, numbers):
     if share is not None:
         known = " to ".join(f"{100 * x:.0f}" for x in interval or ()) or "not determined"
         print(f"{name:>10} recovered {100 * share:.0f} % (95 % interval: {known})")
+
+
+# ------------------------------------------------------------------------------ the paper's table
+PAPER = {"x": (144.22, 0.77, 0.54), "y": (224.28, 0.88, 0.58), "z": (314.28, 0.92, 0.37),
+         "general": (242.33, 0.94, 0.46)}                # RotR, TTF, RotP
+PAPER_GOAL = 88.27               # per cent
+ARRIVED = 0.1 * np.pi            # rad from a goal
+
+
+def benchmark(args, policy, content):
+    """Prints the table, writes it with --json and draws it."""
+    report = {"episodes": args.episodes, "seed": args.seed, "cells": {}, "families": {}}
+    for name, families in (("train", content["families"]), ("held_out", ["held_out"])):
+        objects = sim.objects_of("+".join(families))
+        n = len(objects) * -(-args.episodes // len(objects))
+        rows = []                                        # (wrist, axis, family, RotR, TTF, RotP)
+        bar = sim.Progress(f"benchmark {name}", len(args.wrist) * len(args.axis))
+        for wrist, axis in itertools.product(args.wrist, args.axis):
+            trials = sim.trials(objects, wrist, [axis], n, args.seed)
+            env = sim.Rotation(n, objects, [wrist], [axis], seed=args.seed)
+            result = sim.run_episodes(env, lambda env: act(policy, env), trials=trials)
+            result["TTF"] = result["TTF"] * HZ / sim.EPISODE
+            rows += [(wrist, axis, trial.obj.family, *numbers) for trial, *numbers in zip(
+                trials, *(result[m] for m in METRICS))]
+            bar(len(rows) // n, f"{wrist} {axis}: RotR {result['RotR'].mean():.0f}")
+        report[name] = table(rows, lambda row: row[1][1:] if row[1] in sim.AXES else "general")
+        report["cells"][name] = table(rows, lambda row: f"{row[0]} {row[1]}")
+        report["families"][name] = table(rows, lambda row: row[2])
+    report["goal"] = {"success": goals_reached(policy, objects, args.wrist, 8 * n, args.seed)}
+    print_benchmark(report)
+    if args.json:
+        with H.atomic_file(args.json, "w") as file:
+            file.write(json.dumps(report, indent=1) + "\n")
+        draw_benchmark(report["cells"], args, args.json.with_suffix(".png"))
+
+
+def table(rows, key):
+    """{key of a row: {metric: mean over its rows}}."""
+    groups = {}
+    for row in rows:
+        groups.setdefault(key(row), []).append(row[3:])
+    return {name: dict(zip(METRICS, np.mean(group, 0).tolist())) for name, group in groups.items()}
+
+
+def goals_reached(policy, objects, wrists, n, seed):
+    """GO: share of n episodes that end within ARRIVED of an orientation drawn at random, rotating
+    about whatever axis leads there and holding still near it."""
+    env = sim.Rotation(n, objects, wrists, [sim.ANY], seed=seed)
+    goal = np.random.default_rng([seed, 5]).normal(size=(n, 4))
+    goal /= np.linalg.norm(goal, axis=1, keepdims=True)
+    lost = np.zeros(n, bool)
+
+    def left():
+        return sim.rotation_vector(sim.multiply(goal, sim.conjugate(env.quat)))
+
+    def towards(env):
+        angle = np.linalg.norm(left(), axis=1, keepdims=True)
+        env.axis[:] = left() / np.maximum(angle, 1e-6)
+        return np.where(angle < 0.8 * ARRIVED, env.target, act(policy, env))
+
+    def watch(env):
+        lost[env.fallen] = True
+
+    sim.run_episodes(env, towards, watch, title="goals")
+    return float((~lost & (np.linalg.norm(left(), axis=1) < ARRIVED)).mean())
+
+
+def print_benchmark(report):
+    print(f"{'':24}RotR    TTF   RotP")
+    for name in ("train", "held_out"):
+        groups = report[name] | report["families"][name] | report["cells"][name]
+        for group, numbers in groups.items():
+            r, t, p = numbers.values()
+            print(f"{name:<9}{group:<14}{r:6.1f}{t:7.2f}{p:7.2f}")
+    for axis, (r, t, p) in PAPER.items():
+        print(f"{'paper':<9}{axis:<14}{r:6.1f}{t:7.2f}{p:7.2f}")
+    print(f"goals reached: {100 * report['goal']['success']:.0f} %; paper: {PAPER_GOAL:.0f} %")
+
+
+def draw_benchmark(cells, args, path):
+    """Wrist x axis: RotR as colour, TTF in figures."""
+    figure, axes = sim.pyplot().subplots(1, 2, figsize=(11, 4), layout="constrained")
+    for axis, (name, numbers) in zip(axes, cells.items()):
+        RotR, TTF = (np.array([[numbers[f"{wrist} {k}"][m] for k in args.axis]
+                               for wrist in args.wrist]) for m in METRICS[:2])
+        axis.imshow(RotR, vmin=0, vmax=PAPER["z"][0])
+        for (i, j), r in np.ndenumerate(RotR):
+            axis.text(j, i, f"{r:.0f}\n{TTF[i, j]:.2f}", ha="center", va="center", fontsize=8,
+                      color="white" if r < 200 else "black")
+        axis.set_xticks(range(len(args.axis)), args.axis)
+        axis.set_yticks(range(len(args.wrist)), args.wrist)
+        axis.set_title(f"{name}: RotR and TTF", fontsize=10)
+    sim.save_figure(figure, path)
 
 
 # ---------------------------------------------------------------------------------- on a real hand
@@ -303,14 +400,10 @@ def vector(words, n):
     return v
 
 
-def unit(v):
-    return v / np.linalg.norm(v)
-
-
 def rotation(words):
     """Three words, an axis times degrees, as a quaternion."""
     v = np.radians(vector(words, 3))
-    return sim.from_axis_angle(unit(v), np.linalg.norm(v))
+    return sim.from_axis_angle(sim.unit(v), np.linalg.norm(v))
 
 
 class Steering:
@@ -320,10 +413,13 @@ class Steering:
     corrected, by the residual; wish: None, or "reset", "object" or "quit", which is to come."""
 
     def __init__(self, content, wrist, axis, corrected=True):
-        self.axis, self.wrist = np.array(sim.AXES[axis], float), np.array(sim.WRISTS[wrist], float)
+        self.axis, self.wrist = sim.axis_of(axis), sim.wrist_of(wrist)
         self.turned, self.holding, self.corrected, self.wish = self.wrist, False, corrected, None
-        self.axes = np.array([sim.AXES[name] for name in content["axes"]], float)
-        self.wrists = np.array([sim.WRISTS[name] for name in content["wrists"]], float)
+        axes, wrists = ([name for name in content[known] if name != sim.ANY]
+                        for known in ("axes", "wrists"))
+        self.axes = np.array([sim.axis_of(name) for name in axes or sim.AXES])
+        self.wrists = np.array([sim.wrist_of(name) for name in wrists or sim.WRISTS])
+        self.any = {"axis": sim.ANY in content["axes"], "wrist": sim.ANY in content["wrists"]}
         self.downs, self.strange = sim.gravity(self.wrists), set()
         self.heard, self.steps, self.wake = queue.Queue(1000), 0, 0
 
@@ -331,11 +427,11 @@ class Steering:
         """Do what a line says. ValueError, and nothing has changed, if it is malformed."""
         match line.split() if len(line) <= LONGEST else ():
             case ["axis", *words]:
-                self.axis = unit(vector(words, 3))
+                self.axis = sim.unit(vector(words, 3))
             case ["tilt", *words]:
                 self.axis = sim.rotate(rotation(words), self.axis)
             case ["wrist", *words]:
-                self.wrist = unit(vector(words, 4))
+                self.wrist = sim.unit(vector(words, 4))
             case ["turn", *words]:
                 self.wrist = sim.multiply(self.wrist, rotation(words))
             case ["hold" | "go" as word]:
@@ -349,7 +445,7 @@ class Steering:
             case _:
                 raise ValueError
         near = {"axis": self.axes @ self.axis, "wrist": self.downs @ sim.gravity(self.wrist)[0]}
-        strange = {name for name in near if near[name].max() < FAMILIAR}
+        strange = {name for name in near if near[name].max() < FAMILIAR and not self.any[name]}
         for name in strange - self.strange:
             say(f"note: the policy was never trained on this {name}")
         self.strange = strange
@@ -375,7 +471,7 @@ class Steering:
         k = (self.downs @ down).argmax()
         back = np.array([1 + self.downs[k] @ down, *np.cross(down, self.downs[k])])
         opposite = np.abs(back).max() < 1e-6
-        return self.turned if opposite else sim.multiply(self.wrists[k], unit(back))
+        return self.turned if opposite else sim.multiply(self.wrists[k], sim.unit(back))
 
     def steer(self, controller, residual):
         self.listen()
@@ -560,22 +656,28 @@ def arguments():
     add("--compare", action="store_true",
         help="ceiling, base and base + residual, on a virtual hand")
     add("--live", action="store_true", help="run in real time, steered")
-    add("--wrist", nargs="+", default=["palm_up", "palm_down"], choices=sim.WRISTS)
-    add("--axis", nargs="+", default=["+z", "-z"], choices=sim.AXES, type=sim.axis_name)
-    add("--episodes", type=int, default=40, help="per wrist")
+    add("--benchmark", action="store_true", help="the paper's table, in the training simulator")
+    add("--wrist", nargs="+", type=sim.wrist_name, help="default: palm_up palm_down")
+    add("--axis", nargs="+", type=sim.axis_name, help="default: +z -z")
+    add("--episodes", type=int, default=40, help="per wrist (--benchmark: and axis)")
     add("--seed", type=int, default=0)
     add("--record", type=Path, help="folder for the episodes that lasted 20 s")
     add("--gif", type=Path)
     add("--json", type=Path)
     add("--workers", type=int, default=os.cpu_count())
     args = parser.parse_args()
-    args.port = sim.resolve_port(args.port)
-    args.wrist = list(dict.fromkeys(args.wrist))
+    args.port = "sim:0" if args.benchmark else sim.resolve_port(args.port)
+    usual = (sim.WRISTS, [*sim.AXES, sim.ANY]) if args.benchmark else (
+        ["palm_up", "palm_down"], ["+z", "-z"])
+    args.wrist, args.axis = (list(dict.fromkeys(given or default))
+                             for given, default in zip((args.wrist, args.axis), usual))
     virtual = args.port.startswith("sim:")
     if args.live or not virtual:                 # one after the other
         args.wrist, args.axis = args.wrist[:1], args.axis[:1]
     if min(args.episodes, args.workers) < 1 or args.seed < 0:
         raise H.Problem("--episodes and --workers must be at least 1, --seed at least 0")
+    if args.benchmark and (args.live or args.compare or args.base or args.record or args.gif):
+        raise H.Problem("--benchmark goes with --policy, --wrist, --axis, --episodes and --json")
     if args.live and (args.compare or args.record or args.json):
         raise H.Problem("--live measures and records nothing: it goes with none of --compare, "
                         "--record and --json")
@@ -597,13 +699,15 @@ def note_what_differs(args, content, fitted):
                     f"this is {here}")
     for given, known in ((args.wrist, content["wrists"]), (args.axis, content["axes"])):
         strange = ", ".join(name for name in given if name not in known)
-        if strange:
+        if strange and sim.ANY not in known:
             say(f"note: the policy was never trained on {strange}")
 
 
 def main():
     args = arguments()
     policy, content = load_policy(args.policy)
+    if args.benchmark:
+        return benchmark(args, policy, content)
     residual, fitted = (None, None) if args.base else load_residual(args.residual)
     note_what_differs(args, content, fitted)
     if args.live:

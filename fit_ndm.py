@@ -26,6 +26,7 @@ import os
 import time
 from pathlib import Path
 
+import sim                       # before torch: it sets how torch's threads wait
 import mujoco
 import numpy as np
 import torch
@@ -33,7 +34,6 @@ import torch.nn as nn
 from mujoco import rollout
 
 import hand as H
-import sim
 from collect import SIGMA
 from sim import W
 from train_policy import (
@@ -373,7 +373,10 @@ def simulate_box(data, seed):
 def _replay(balls, a, wrists, rng):
     """Positions (n, T, N) of n hands in boxes of the same balls, each with its wrist (n, 4), that
     are sent targets a (n, T, N)."""
-    compiled = {tuple(wrist): sim.build(balls=balls, wrist=wrist).compile()
+    # fine steps: MuJoCo lengthens the time constant of a contact to two of them
+    substeps = sim.VirtualHand.SUBSTEPS
+    compiled = {tuple(wrist): sim.build(balls=balls, wrist=wrist,
+                                        timestep=1 / (H.CONTROL_HZ * substeps)).compile()
                 for wrist in np.unique(wrists, axis=0)}
     models = [compiled[tuple(wrist)] for wrist in wrists]
     m = models[0]
@@ -385,11 +388,13 @@ def _replay(balls, a, wrists, rng):
     q = np.zeros_like(a)
     datas = [mujoco.MjData(m) for _ in range(os.cpu_count())]
     with rollout.Rollout(nthread=len(datas)) as pool:
-        for t in range(-H.CONTROL_HZ, a.shape[1]):           # one second for the balls to settle
+        for t in range(-H.CONTROL_HZ, a.shape[1]):
             now = max(t, 0)
+            for model in compiled.values():      # balls settle around fingers that somebody holds
+                model.dof_damping[:H.N] = sim.HELD if t < 0 else 0.0
             q[:, now] = state[:, joints]
-            control = np.repeat(a[:, now, None], sim.SUBSTEPS, 1)
-            states, _ = pool.rollout(models, datas, state, nstep=sim.SUBSTEPS, control=control)
+            control = np.repeat(a[:, now, None], substeps, 1)
+            states, _ = pool.rollout(models, datas, state, nstep=substeps, control=control)
             state = states[:, -1]
     return q
 

@@ -357,6 +357,9 @@ def _add_balls(spec, balls, bit, hand_bits):
             friction=(balls.friction, 0, 0), solref=(balls.softness, 1), rgba=(0.3, 0.55, 0.85, 1))
 
 
+HELD = 5.0                       # N m s / rad, of fingers that somebody holds while balls settle
+
+
 def stirred(model, rng):
     """A configuration (nq,) of a model of the Chaos Box: its rest, with the balls thrown about."""
     qpos = model.qpos0.copy()
@@ -1168,7 +1171,7 @@ class VirtualHand(H.Hand):
         """For a second, around fingers that somebody holds: balls that push them open at the start
         jam them for the whole trajectory."""
         damping = self._model.dof_damping[self._vadr].copy()
-        self._model.dof_damping[self._vadr] = 5.0            # N m s / rad
+        self._model.dof_damping[self._vadr] = HELD
         for _ in range(CONTROL_HZ):
             self._write(self.target)
         self._model.dof_damping[self._vadr] = damping
