@@ -410,6 +410,29 @@ def test_hand_and_training_simulator_get_the_same_trials(pipeline, toy_policy, m
     assert 0 < result["TTF"] <= 20 and len(pushes) >= 20 * result["TTF"]
 
 
+def test_the_benchmark_is_the_papers_table(toy_policy, tmp_path, monkeypatch, capsys):
+    """With a policy that holds still: nothing turns, nothing falls, and few goals are near."""
+    monkeypatch.setitem(sim.FAMILIES, "held_out", sim.FAMILIES["cube"][:2])
+    path = tmp_path / "benchmark.json"
+    monkeypatch.setattr(sys, "argv", [
+        "deploy.py", "--benchmark", "--policy", str(toy_policy), "--wrist", "palm_up", "any",
+        "--axis", "z+", "y-", "any", "--episodes", "3", "--json", str(path)])
+    deploy.main()
+    report = json.loads(path.read_text())
+    for name in ("train", "held_out"):
+        assert list(report[name]) == ["z", "y", "general"]
+        assert list(report["cells"][name]) == [
+            f"{wrist} {axis}" for wrist in ("palm_up", "any") for axis in ("+z", "-y", "any")]
+        assert list(report["families"][name]) == ["cube"]
+        for numbers in report[name].values():
+            assert abs(numbers["RotR"]) < 20 and 0.5 < numbers["TTF"] <= 1 and numbers["RotP"] < 1
+    assert 0 <= report["goal"]["success"] < 0.5
+    assert path.with_suffix(".png").stat().st_size > 1000
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.split()[:2] == ["paper", "z"] for line in lines)
+    assert any(line.split()[:3] == ["held_out", "palm_up", "+z"] for line in lines)
+
+
 def test_several_hands_make_one_table(tmp_path, capsys):
     def numbers(rad):
         return {m: {"mean": x, "std": 1.0, "sem": 0.1}
@@ -595,6 +618,8 @@ def bad_inputs(tmp, policy):
         "unknown family": (("--family", "cube", "teapot", *into), "teapot"),
         "no time": (("--minutes", -1, *into), "--minutes"),
         "no steps": (("--steps", 0, *into), "--steps"),
+        "steps for other families": (("--steps", 1, 2, 3, *into), "cylinder, cuboid"),
+        "negative seed": (("--seed=-1", *into), "--seed"),
         "too few environments": (("--envs", 0, *into), "--envs"),
     }
     collecting = {

@@ -15,7 +15,7 @@ import torch
 import hand as H
 import sim
 import train_policy as T
-from conftest import CUBE, ROOT
+from conftest import CUBE, ROOT, small_cache
 
 pytestmark = pytest.mark.usefixtures("grasps")
 
@@ -971,6 +971,82 @@ def test_families_are_joined_by_plus_and_strange_ones_are_problems():
     for wrong in ("cubes", "cube+", "", "cube,cuboid"):
         with pytest.raises(H.Problem, match="no family"):
             sim.objects_of(wrong)
+
+
+def edges(obj):
+    """Full edge lengths (3,) of a single cuboid or cylinder, m."""
+    (kind, size, _, _), = obj.parts
+    return 2 * np.array(size if kind == "box" else (size[0], size[0], size[1]))
+
+
+@pytest.mark.parametrize("family, least, most", [
+    ("cuboid", 1.0, 1.5), ("long", 2.5, 6.67), ("cylinder", 1.6, 2.4), ("small", 1.92, 2.56)])
+def test_families_have_the_papers_aspect_ratios(family, least, most):
+    for obj in sim.FAMILIES[family]:
+        x, _, z = edges(obj)
+        ratio = max(edges(obj)) / min(edges(obj)) if obj.parts[0][0] == "box" else 2 * z / x
+        assert 0.99 * least < ratio < 1.01 * most, obj.name
+        assert obj.family == family
+
+
+def test_nothing_is_trained_with_what_is_held_out():
+    trained = {obj.parts for family, objects in sim.FAMILIES.items() if family != "held_out"
+               for obj in objects}
+    assert not trained & {obj.parts for obj in sim.FAMILIES["held_out"]}
+    assert not {obj.name for obj in sim.COMPLEX} & {obj.name for obj in sim.FAMILIES["held_out"]}
+
+
+def test_parts_of_an_object_hang_together():
+    """From every part one comes to every other by parts that overlap."""
+    for obj in (*sim.FAMILIES["complex"], *sim.FAMILIES["held_out"]):
+        model = sim.build(obj).compile()
+        data, of = mujoco.MjData(model), np.flatnonzero(model.geom_contype == sim.OBJECT)
+        mujoco.mj_forward(model, data)
+        reached = {of[0]}
+        for _ in of:
+            reached |= {b for a in reached for b in of if a == b or mujoco.mj_geomDistance(
+                model, data, a, b, 1.0, None) <= 0}
+        assert reached == set(of), obj.name
+
+
+def test_objects_of_many_parts_and_few_are_stepped_together():
+    """As each by itself, although their models are of different size."""
+    duck = sim.FAMILIES["complex"][0]
+    small_cache(duck, 8)
+    pushes = np.random.default_rng(0).normal(size=(30, 2, H.N))
+
+    def states(objects):
+        env = sim.Rotation(len(objects), objects, randomize=(), noise=0, progress=False)
+        env.begin([sim.trials([obj], "palm_up", ["+z"], 1, 3)[0] for obj in objects])
+        for step in pushes:
+            env.step(sim.next_target(env.target, step[:len(objects)]))
+        return env.state.copy()
+
+    assert sim.objects_of("complex")[0].family == "complex"
+    both = states([CUBE[0], duck])
+    assert np.array_equal(both[0], states([CUBE[0]])[0])
+    pushes = pushes[:, ::-1]
+    assert np.array_equal(both[1], states([duck])[0])
+
+
+def test_axes_and_wrists_are_names_numbers_or_any():
+    rng = np.random.default_rng(0)
+    assert sim.axis_of("0 0 -2").tolist() == [0, 0, -1] and sim.axis_of("-x").tolist() == [-1, 0, 0]
+    assert sim.wrist_of("0 3 0 0").tolist() == [0, 1, 0, 0]
+    for of, text, size in ((sim.axis_of, sim.axis_name, 3), (sim.wrist_of, sim.wrist_name, 4)):
+        drawn = np.array([of("any", rng) for _ in range(200)])
+        assert np.linalg.norm(drawn, axis=1) == pytest.approx(np.ones(200))
+        assert np.abs(drawn.mean(0)).max() < 0.2 and drawn.shape == (200, size)
+        assert text("any") == "any"
+        for wrong in ("up", "", "0 0", "0 " * size, "nan " * size, "inf " * size):
+            with pytest.raises(ValueError):
+                text(wrong)
+    trials = sim.trials(CUBE, "any", ["any", "+z"], 12, 0)
+    assert len({t.wrist for t in trials}) == 12 and "+z" in {t.axis for t in trials}
+    env = sim.Rotation(12, CUBE, ["any"], ["any", "+z"], progress=False)
+    env.begin(trials)
+    assert env.wrist == pytest.approx(np.array([sim.wrist_of(t.wrist) for t in trials]))
+    assert env.axis == pytest.approx(np.array([sim.axis_of(t.axis) for t in trials]))
 
 
 def test_a_kill_while_writing_leaves_the_old_file(tmp_path):
