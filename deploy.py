@@ -43,6 +43,7 @@ import re
 import shutil
 import sys
 import threading
+import time
 from pathlib import Path
 
 import sim                       # before torch: it sets how torch's threads wait
@@ -610,7 +611,8 @@ def live_on_a_virtual_hand(args, policy, residual, content, steering):
 
 
 def live_on_a_real_hand(args, policy, residual, steering):
-    """It goes to the grasp and holds still until somebody gives it an object and says go."""
+    """It goes to the grasp and holds still until somebody gives it an object and says go. When the
+    bus fails it lets go, and comes back when somebody has mended that and says go."""
     def on_the_way():
         """A tick of the move to the grasp, which `hold` and `quit` stop as well."""
         while True:
@@ -633,14 +635,24 @@ def live_on_a_real_hand(args, policy, residual, steering):
 
     with sim.open_hand(args.port) as hand:
         while steering.wish != "quit":
-            hand.tick, steering.holding, steering.wish = on_the_way, False, None
-            hand.move_to(H.GRASP)
-            del hand.tick
-            steering.holding, steering.wish = True, None
-            say("an object between the fingertips, then go (g)")
-            controller = Controller(policy, residual, args.wrist[0], args.axis[0], H.GRASP)
-            while not steering.wish:
-                H.drive(hand, act_as_told, sim.EPISODE, watch)
+            try:
+                hand.tick, steering.holding, steering.wish = on_the_way, False, None
+                hand.move_to(H.GRASP)
+                del hand.tick
+                steering.holding, steering.wish = True, None
+                say("an object between the fingertips, then go (g)")
+                controller = Controller(policy, residual, args.wrist[0], args.axis[0], H.GRASP)
+                while not steering.wish:
+                    H.drive(hand, act_as_told, sim.EPISODE, watch)
+            except H.BusError as error:
+                say(f"{error}\nmend that, then go (g)")
+                steering.holding, steering.wish = True, None
+                while steering.holding and steering.wish != "quit":
+                    time.sleep(1 / HZ)
+                    steering.wish = None
+                    steering.listen()
+                if steering.wish != "quit":
+                    hand.reconnect()
 
 
 # ------------------------------------------------------------------------------------ command line

@@ -1,4 +1,5 @@
 """Steering: words and keys, the window, the film, the terminal and the real hand let go."""
+import argparse
 import contextlib
 import os
 import pty
@@ -23,6 +24,7 @@ import tables
 import train_policy
 from conftest import CUBE, ROOT, finish, one_line_problem, start
 from emulated_bus import EmulatedBus
+from test_pipeline import FakeHand
 
 KNOWN = {"wrists": ["palm_up", "palm_down"], "axes": ["+z", "-z"]}
 NO_DISPLAY = {name: value for name, value in os.environ.items()
@@ -455,6 +457,21 @@ def test_a_real_hand_lets_go_when_whoever_steers_is_gone(bus, toy_policy):
     assert finish(process)[0] == 0 and not driving(bus)
 
 
+@pytest.mark.parametrize("then, reconnects", [(["go", "wait 1", "quit"], 1), (["quit"], 0)])
+def test_a_fault_of_the_bus_is_waited_for(steering, toy_policy, monkeypatch, capsys, then,
+                                          reconnects):
+    hand = FakeHand(realtime=True, faulty=(10,))
+    monkeypatch.setattr(sim, "open_hand", lambda port: hand)
+    for word in ("go", "wait 3", *then):
+        steering.heard.put(word)
+    args = argparse.Namespace(port="/dev/hand", wrist=["palm_up"], axis=["+z"])
+    policy, _ = train_policy.load_policy(toy_policy)
+    deploy.live_on_a_real_hand(args, policy, None, steering)
+    assert hand.reconnects == reconnects and hand.count == 1 + reconnects
+    said = capsys.readouterr().err
+    assert said.count("motor 5 (mf_mcp) does not answer") == said.count("mend that") == 1
+
+
 def test_keys_stop_a_real_hand_on_its_way_to_the_grasp(bus, toy_policy):
     with terminal(*live_arguments(toy_policy, bus.path)) as (process, other, own):
         before = modes(own)
@@ -579,4 +596,4 @@ def test_the_cost_of_steering_is_measured(toy_policy, grasps, monkeypatch, capsy
     for line in lines[2:]:
         assert int(line.split()[2]) <= 2
     held = [line for line in lines if " none " in line and line.split()[2] == "2"]
-    assert all(" 0.00 +- 0.00" in line for line in held)
+    assert held and all(" 0.00 +- 0.00" in line for line in held)

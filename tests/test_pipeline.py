@@ -338,7 +338,7 @@ def test_fit_ndm_writes_models_table_and_pictures(pipeline):
     assert not list((out / "ndm").glob(".*"))
 
 
-def test_compare_writes_ceiling_base_and_residual(pipeline):
+def test_compare_writes_ceiling_base_and_residual(pipeline, toy_policy):
     out, _, said = pipeline
     report = json.loads((out / "numbers.json").read_text())
     for part in (report, report["wrists"][WRIST]):
@@ -352,6 +352,12 @@ def test_compare_writes_ceiling_base_and_residual(pipeline):
         else:
             assert part["recovered"] is None
     assert report["port"] == PORT and report["episodes"] == 2
+    objects = sim.objects_of("cube")
+    env = sim.Rotation(2, objects, [WRIST], report["axes"], seed=0, progress=False)
+    policy, _ = train_policy.load_policy(toy_policy)
+    same = sim.run_episodes(env, lambda env: train_policy.act(policy, env),
+                            trials=sim.trials(objects, WRIST, report["axes"], 2, 0))
+    assert report["ceiling"]["RotR"]["mean"] == pytest.approx(same["RotR"].mean(), abs=1e-6)
     assert re.search(r"ceiling .*\n.* base .*\n.* residual .*\n.* gain ", said)
 
 
