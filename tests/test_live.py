@@ -147,7 +147,7 @@ def test_the_wrist_turns_as_an_arm_would(steering):
     ((0, 0, 1, 0), (0, 1, 0, 0)),
     ((1, 0.1, 0, 0), np.array((1, 0.1, 0, 0)) / 1.01 ** 0.5)])
 def test_the_policy_is_told_a_wrist_as_it_knows_them(steering, wrist, felt):
-    steering.turned = deploy.unit(np.array(wrist, float))
+    steering.turned = sim.unit(wrist)
     assert steering.felt() == pytest.approx(felt, abs=1e-9)
     assert sim.gravity(steering.felt())[0] == pytest.approx(sim.gravity(steering.turned)[0])
 
