@@ -1,11 +1,12 @@
 """Stage 3: how each joint of this hand really answers, and the correction that makes it land
 where the simulated one did.
 
-    python fit_ndm.py                                # all of data/*-balls-policy, if of one hand
+    python fit_ndm.py                  # data/*-balls-policy and data/*-task, if all of one hand
     python fit_ndm.py --test data/sim0-task --models joint finger whole           # the comparison
     python tests/tables.py --errors runs/ndm*/table.json             # of several hands, as a table
 
-reads   --data      the trajectories that collect.py wrote
+reads   --data      the trajectories that collect.py wrote, and those of the task itself, with which
+                    the correction helps more (`deploy.py --record`)
         --test      for the table, trajectories of the task itself (`deploy.py --record`)
         --policy    checkpoints/policy.pt
 writes  OUT/dynamics.pt, OUT/residual.pt    the joint-wise model f of this hand, the residual
@@ -14,7 +15,7 @@ writes  OUT/dynamics.pt, OUT/residual.pt    the joint-wise model f of this hand,
 Dynamics: q^i_{t+1} = f_i(h^i_t), where h^i_t are the last W = 10 positions of joint i and the
 targets that were sent to it, and nothing of any other joint. f is pretrained on simulated hands,
 among balls and with an object (then it is called f_sim), and fine-tuned on what this hand did in
-its own Chaos Box.
+its own Chaos Box and at the task.
 
 Residual: min E sum_t |f_sim(q, a) - f(q, a + pi_res(o, a))|^2 through the frozen models, along
 simulated episodes of the policy. `fit_residual` says why not |q_sim_{t+1} - f(...)|^2.
@@ -438,9 +439,10 @@ def arguments():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--data", nargs="+", type=Path, help="folders of collect.py (default data/*-balls-policy)")
+    add("--data", nargs="+", type=Path,
+        help="folders of trajectories (default data/*-balls-policy and data/*-task)")
     add("--test", nargs="+", type=Path, default=[],
-        help="folders of `deploy.py --record`: the task itself")
+        help="folders of `deploy.py --record`: not learned from")
     add("--policy", type=Path, default=Path("checkpoints/policy.pt"))
     add("--models", nargs="+", default=["joint"], choices=GROUPS)
     add("--out", type=Path, default=Path("runs/ndm"))
@@ -455,7 +457,8 @@ def arguments():
         raise H.Problem("--steps, --residual-steps and --episodes must be positive")
     if args.seed < 0 or not args.cost >= 0:
         raise H.Problem("--seed and --cost must not be negative")
-    args.data = args.data or sorted(Path("data").glob("*-balls-policy"))
+    folders = {*Path("data").glob("*-balls-policy"), *Path("data").glob("*-task")}
+    args.data = args.data or sorted(folders - set(args.test or ()))
     if not args.data:
         raise H.Problem("there is no data/*-balls-policy; run collect.py first, or name its "
                         "folders with --data")

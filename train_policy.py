@@ -63,7 +63,7 @@ RAISE = 1 / 16
 ENOUGH = 192, 12         # episodes of all cells, and at least of one, before its level may change
 
 # The generalist
-ROUNDS = 12              # of one episode in every environment
+ROUNDS = 10              # of one episode in every environment
 CLONING = 2              # rounds per oracle in which the oracle drives
 GRADIENT_STEPS = 400     # after each round
 CLONING_BATCH = 2048
@@ -72,7 +72,7 @@ KEPT = 0.25              # share of the control steps that are kept: neighbours 
 
 # ------------------------------------------------------------------------------------- reward
 # r = a_rot r_rot + a_goal r_goal + a_pen r_pen
-C_ROT = 0.5              # rad/s, clip of the rewarded rotation
+C_ROT = 0.75             # rad/s, clip of the rewarded rotation; paper 0.5
 A_ROT = 5.0              # not given in the paper
 A_GOAL, GOAL_BONUS = 0.05, 1.0
 A_ROTP = 0.1             # grows linearly from 0 at the 10th episode to this at the 100th
@@ -877,8 +877,7 @@ def arguments():
     args = parser.parse_args()
     lesson = ["cylinder", "cuboid"], ["palm_up", "palm_down"], ["+z", "-z"]
     everything = [*lesson[0], "long", "small", "complex"], [*sim.WRISTS, "any"], [*sim.AXES, "any"]
-    # cuboids are harder
-    args.steps = args.steps or ([20e6] if args.everything or args.family else [4e6, 10.5e6])
+    args.steps = args.steps or [20e6 if args.everything else 7.5e6]
     for name, *usual in zip(("family", "wrist", "axis"), lesson, everything):
         setattr(args, name, getattr(args, name) or usual[args.everything])
     args.steps *= len(args.family) if len(args.steps) == 1 else 1
