@@ -375,7 +375,7 @@ def _replay(balls, a, wrists, rng):
     """Positions (n, T, N) of n hands in boxes of the same balls, each with its wrist (n, 4), that
     are sent targets a (n, T, N)."""
     # fine steps: MuJoCo lengthens the time constant of a contact to two of them
-    substeps = sim.VirtualHand.SUBSTEPS
+    substeps = 2 * sim.SUBSTEPS
     compiled = {tuple(wrist): sim.build(balls=balls, wrist=wrist,
                                         timestep=1 / (H.CONTROL_HZ * substeps)).compile()
                 for wrist in np.unique(wrists, axis=0)}
