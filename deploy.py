@@ -2,7 +2,7 @@ r"""Stage 4: the policy, with or without the residual, on the hand at 20 Hz.
 
     python deploy.py --port sim:1 --wrist palm_down --episodes 3 --gif hand.gif
     python deploy.py --port sim:1 --compare --json results/sim1.json   # ceiling, base, residual
-    python deploy.py --port sim:1 --base --record data/sim1-task       # for fit_ndm.py --test
+    python deploy.py --port sim:1 --base --record data/sim1-task       # for fit_ndm.py
     python deploy.py --benchmark --json results/benchmark.json         # the paper's table
     python deploy.py --port /dev/ttyUSB0 --wrist palm_up --axis +z     # a real hand
     python deploy.py --live             # see it, steer it, in a window or as text; any hand
@@ -162,11 +162,10 @@ def on_the_hand(pool, args, wrist, trials, residual):
     return {name: np.array([row[name] for row in rows]) for name in METRICS}
 
 
-def in_training(args, wrist, trials, objects, policy):
+def in_training(trials, objects, wrist, axes, seed, policy, title=None):
     """The trials of one wrist in the training simulator: dict of (n,) arrays."""
-    env = sim.Rotation(len(trials), objects, [wrist], args.axis, seed=args.seed)
-    return sim.run_episodes(
-        env, lambda env: act(policy, env), title=f"ceiling {wrist}", trials=trials)
+    env = sim.Rotation(len(trials), objects, [wrist], axes, seed=seed)
+    return sim.run_episodes(env, lambda env: act(policy, env), title=title, trials=trials)
 
 
 def on_a_virtual_hand(args, policy, content):
@@ -178,7 +177,8 @@ def on_a_virtual_hand(args, policy, content):
             trials = sim.trials(objects, wrist, args.axis, args.episodes, args.seed)
             part = parts[wrist] = {}
             if args.compare:
-                part["ceiling"] = in_training(args, wrist, trials, objects, policy)
+                part["ceiling"] = in_training(
+                    trials, objects, wrist, args.axis, args.seed, policy, f"ceiling {wrist}")
             if args.compare or args.base:
                 part["base"] = on_the_hand(pool, args, wrist, trials, None)
             if not args.base:
@@ -261,8 +261,7 @@ def benchmark(args, policy, content):
         bar = sim.Progress(f"benchmark {name}", len(args.wrist) * len(args.axis))
         for wrist, axis in itertools.product(args.wrist, args.axis):
             trials = sim.trials(objects, wrist, [axis], n, args.seed)
-            env = sim.Rotation(n, objects, [wrist], [axis], seed=args.seed)
-            result = sim.run_episodes(env, lambda env: act(policy, env), trials=trials)
+            result = in_training(trials, objects, wrist, [axis], args.seed, policy)
             result["TTF"] = result["TTF"] * HZ / sim.EPISODE
             rows += [(wrist, axis, trial.obj.family, *numbers) for trial, *numbers in zip(
                 trials, *(result[m] for m in METRICS))]
@@ -295,7 +294,7 @@ def goals_reached(policy, objects, wrists, n, seed):
     lost = np.zeros(n, bool)
 
     def left():
-        return sim.rotation_vector(sim.multiply(goal, sim.conjugate(env.quat)))
+        return sim.rotation_between(env.quat, goal)
 
     def towards(env):
         angle = np.linalg.norm(left(), axis=1, keepdims=True)
@@ -460,7 +459,7 @@ class Steering:
                 self.obey("quit" if line is None else line)      # None: whoever steered is gone
             except ValueError:
                 say(f"not understood: {line[:40]!r}")
-        left = sim.rotation_vector(sim.multiply(self.wrist, sim.conjugate(self.turned)))
+        left = sim.rotation_between(self.turned, self.wrist)
         angle = max(np.linalg.norm(left), 1e-9)
         step = sim.from_axis_angle(left / angle, min(angle, TURNING / HZ))
         self.turned = sim.multiply(step, self.turned)

@@ -391,8 +391,9 @@ def _replay(balls, a, wrists, rng):
     with rollout.Rollout(nthread=len(datas)) as pool:
         for t in range(-H.CONTROL_HZ, a.shape[1]):
             now = max(t, 0)
-            for model in compiled.values():      # balls settle around fingers that somebody holds
-                model.dof_damping[:H.N] = sim.HELD if t < 0 else 0.0
+            if t in (-H.CONTROL_HZ, 0):          # balls settle around fingers that somebody holds
+                for model in compiled.values():
+                    model.dof_damping[:H.N] = sim.HELD if t < 0 else 0.0
             q[:, now] = state[:, joints]
             control = np.repeat(a[:, now, None], substeps, 1)
             states, _ = pool.rollout(models, datas, state, nstep=substeps, control=control)

@@ -79,23 +79,21 @@ ANY = "any"                      # drawn anew for every episode
 def wrist_of(name, rng=None):
     """The quaternion (4,) of a wrist: one of WRISTS, "any" (drawn from `rng`), or four numbers as
     text. Raises ValueError, of which argparse makes one line."""
-    if name == ANY and rng:
-        return unit(rng.normal(size=4))
-    return unit(WRISTS[name] if name in WRISTS else _numbers(name, 4))
+    return _named_or_drawn(name, WRISTS, 4, rng)
 
 
 def axis_of(name, rng=None):
     """The direction (3,) of a rotation axis: one of AXES, "any" or three numbers, as `wrist_of`."""
+    return _named_or_drawn(name, AXES, 3, rng)
+
+
+def _named_or_drawn(name, known, n, rng):
     if name == ANY and rng:
-        return unit(rng.normal(size=3))
-    return unit(AXES[name] if name in AXES else _numbers(name, 3))
-
-
-def _numbers(text, n):
-    values = [float(word) for word in text.split()]
+        return unit(rng.normal(size=n))
+    values = known[name] if name in known else [float(word) for word in name.split()]
     if len(values) != n or not 0 < np.dot(values, values) < np.inf:
-        raise ValueError(text)
-    return values
+        raise ValueError(name)
+    return unit(values)
 
 
 def unit(v):
@@ -164,10 +162,15 @@ def from_axis_angle(axis, angle):
     return np.concatenate([np.cos(angle / 2), np.sin(angle / 2) * axis], -1)
 
 
+def rotation_between(before, after):
+    """Axis times angle (n, 3) rad of the turn that takes orientation `before` to `after` (n, 4)."""
+    return rotation_vector(multiply(after, conjugate(before)))
+
+
 def angular_velocity(before, after):
     """Mean angular velocity (n, 3) rad/s that takes orientation `before` to `after` (n, 4) in one
     control step."""
-    return rotation_vector(multiply(after, conjugate(before))) * CONTROL_HZ
+    return rotation_between(before, after) * CONTROL_HZ
 
 
 # ---------------------------------------------------------------------------------- objects
@@ -179,24 +182,24 @@ class Object(NamedTuple):
     family: str = ""
 
 
-def solid(name, *parts, unit=0.01):
+def solid(name, *parts, scale=0.01):
     """An object of several primitives, parts = (type, half sizes, centre[, quaternion]) in cm."""
     parts = [(kind, size, pos, turn[0] if turn else (1, 0, 0, 0))
              for kind, size, pos, *turn in parts]
-    return scaled(Object(name, tuple(parts)), unit * H.SCALE)
+    return scaled(Object(name, tuple(parts)), scale * H.SCALE)
 
 
 def box(x, y, z):
     """A cuboid with full edge lengths x, y, z in m on a hand of SCALE 1; z stands along the palm
     normal."""
     size = " x ".join(f"{100 * H.SCALE * edge:.2g}" for edge in (x, y, z))
-    return solid(f"box {size} cm", ("box", (x / 2, y / 2, z / 2), (0, 0, 0)), unit=1)
+    return solid(f"box {size} cm", ("box", (x / 2, y / 2, z / 2), (0, 0, 0)), scale=1)
 
 
 def cylinder(d, h):
     """A standing cylinder, diameter and height in m on a hand of SCALE 1."""
     size = " x ".join(f"{100 * H.SCALE * edge:.2g}" for edge in (d, h))
-    return solid(f"cylinder {size} cm", ("cylinder", (d / 2, h / 2), (0, 0, 0)), unit=1)
+    return solid(f"cylinder {size} cm", ("cylinder", (d / 2, h / 2), (0, 0, 0)), scale=1)
 
 
 def scaled(obj, factor):
@@ -479,14 +482,19 @@ def _add_shape(body, shape, tip="", **collides):
         rgba=(0.9, 0.9, 0.92, 1) if tip else (0.25, 0.25, 0.28, 1))
 
 
-def _add_object(spec, obj):
-    # not "simple": its centre of mass may be moved
-    body = spec.worldbody.add_body(name="object", pos=CENTRE, simple=0)
-    body.add_freejoint(name="object")
+def add_parts(body, obj):
+    """The geoms of an object, to a body of an `MjSpec`."""
     for kind, size, pos, quat in obj.parts:
         body.add_geom(
             type=GEOM_TYPE[kind], size=np.resize([*size, 0, 0], 3), pos=pos, quat=quat,
             density=1000, contype=OBJECT, conaffinity=0, rgba=(0.95, 0.6, 0.2, 1))
+
+
+def _add_object(spec, obj):
+    # not "simple": its centre of mass may be moved
+    body = spec.worldbody.add_body(name="object", pos=CENTRE, simple=0)
+    body.add_freejoint(name="object")
+    add_parts(body, obj)
     found = 1 << int(mujoco.mjtConDataField.mjCONDATA_FOUND)
     force = 1 << int(mujoco.mjtConDataField.mjCONDATA_FORCE)
     net_force = 3
@@ -605,8 +613,7 @@ def random_pushes(rng, *shape):
 
 def tilted(wrist, rng, largest):
     """The wrist (4,) turned by up to `largest` rad about a random axis."""
-    axis = rng.normal(size=3)
-    error = from_axis_angle(axis / np.linalg.norm(axis), rng.uniform(0, largest))
+    error = from_axis_angle(axis_of(ANY, rng), rng.uniform(0, largest))
     return multiply(error, np.asarray(wrist, float))
 
 

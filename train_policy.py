@@ -132,8 +132,7 @@ class Task:
         return reward
 
     def _goal_angle(self):
-        off = sim.multiply(self.goal, sim.conjugate(self.env.quat))
-        return np.linalg.norm(sim.rotation_vector(off), axis=1)
+        return np.linalg.norm(sim.rotation_between(self.env.quat, self.goal), axis=1)
 
     def torque(self):
         """What the textbook motors do (n, N) N m."""
@@ -515,9 +514,7 @@ def update(oracle, optimizer, batch):
             optimizer.step()
             divergences.append((ratio - 1 - log_ratio).mean().item())
             clipped.append(((ratio - 1).abs() > CLIP).float().mean().item())
-    kl = torch.tensor(np.mean(divergences[-MINIBATCHES:]))
-    average(kl)
-    kl = kl.item()
+    kl = float(np.mean(gather(np.mean(divergences[-MINIBATCHES:]))))
     for group in optimizer.param_groups:
         if kl > 2 * KL_TARGET:
             group["lr"] = max(group["lr"] / 1.5, SLOWEST)
@@ -571,9 +568,7 @@ class Training:
         explained = 1 - (batch["return"] - batch["value"]).var() / batch["return"].var()
         kl, clipped = update(self.oracle, self.optimizer, batch)
         self.steps += RANKS * self.env.n * HORIZON
-        spent = torch.tensor(time.monotonic() - began)
-        average(spent)                                   # they stop together
-        self.seconds += spent.item()
+        self.seconds += float(np.mean(gather(time.monotonic() - began)))     # they stop together
         for cell, turned, held, level in self.curriculum.raise_levels():
             self.curve.append(
                 Row(cell, self.steps, self.seconds, turned, held, level, float(explained), kl))
@@ -607,7 +602,7 @@ class Training:
             seconds=self.seconds, best=self.best, weights=self.best_weights or self._weights(),
             last=self.oracle.state_dict(), optimizer=self.optimizer.state_dict(),
             curve=[list(row) for row in self.curve], made=self.made,
-             env=self.env.snapshot(), torch_rng=torch.get_rng_state(),
+            env=self.env.snapshot(), torch_rng=torch.get_rng_state(),
             task={name: torch.as_tensor(value) for name, value in (
                 ("goal", task.goal), ("past_q", task.past_q), ("past_target", task.past_target),
                 ("holds", task.holds), ("episodes", task.episodes))},
@@ -696,7 +691,6 @@ class Cloning:
 
     def __init__(self, oracles, args, path):
         self.oracles, self.args, self.path = oracles, args, path
-        self.purpose = purpose(args)
         torch.manual_seed(args.seed)
         self.student = Generalist()
         self.optimizer = torch.optim.Adam(self.student.parameters(), lr=CLONING_RATE, fused=True)
@@ -733,10 +727,7 @@ class Cloning:
         loss = self._learn()
         self.rounds += 1
         self.seconds += time.monotonic() - began
-        save_checkpoint(
-            self.path, "policy", config=self.student.config, weights=self.student.state_dict(),
-            optimizer=self.optimizer.state_dict(), rounds=self.rounds, seconds=self.seconds,
-            **self.purpose)
+        self._save(optimizer=self.optimizer.state_dict())
         return (f"driven by the {'oracle' if cloning else 'student'}: "
                 f"{result['RotR'].mean() / sim.CONTROL_HZ:.1f} rad {result['TTF'].mean():.1f} s, "
                 f"loss {loss:.4f}")
@@ -788,9 +779,12 @@ class Cloning:
         """Leave a policy without what only training needs, as it is shipped."""
         for number in range(self.rounds):
             self._file(number).unlink(missing_ok=True)
+        self._save()
+
+    def _save(self, **more):
         save_checkpoint(
             self.path, "policy", config=self.student.config, weights=self.student.state_dict(),
-            rounds=self.rounds, seconds=self.seconds, **self.purpose)
+            rounds=self.rounds, seconds=self.seconds, **purpose(self.args), **more)
 
 
 def clone(oracles, args, path):
@@ -876,7 +870,8 @@ def arguments():
     parser.add_argument("--out", type=Path, default=Path("runs/policy"))
     args = parser.parse_args()
     lesson = ["cylinder", "cuboid"], ["palm_up", "palm_down"], ["+z", "-z"]
-    everything = [*lesson[0], "long", "small", "complex"], [*sim.WRISTS, "any"], [*sim.AXES, "any"]
+    everything = ([*lesson[0], "long", "small", "complex"],
+                  [*sim.WRISTS, sim.ANY], [*sim.AXES, sim.ANY])
     args.steps = args.steps or [20e6 if args.everything else 7.5e6]
     for name, *usual in zip(("family", "wrist", "axis"), lesson, everything):
         setattr(args, name, getattr(args, name) or usual[args.everything])

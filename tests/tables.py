@@ -250,9 +250,7 @@ def portrait(obj, size=160):
         name="sky", type=mujoco.mjtTexture.mjTEXTURE_SKYBOX, width=8, height=8,
         builtin=mujoco.mjtBuiltin.mjBUILTIN_FLAT, rgb1=(1, 1, 1), rgb2=(1, 1, 1))
     spec.visual.headlight.ambient = spec.visual.headlight.diffuse = (0.5, 0.5, 0.5)
-    for kind, half, pos, quat in obj.parts:
-        spec.worldbody.add_geom(type=sim.GEOM_TYPE[kind], size=np.resize([*half, 0, 0], 3), pos=pos,
-                                quat=quat, rgba=(0.95, 0.6, 0.2, 1))
+    sim.add_parts(spec.worldbody, obj)
     model = spec.compile()
     data, camera = mujoco.MjData(model), mujoco.MjvCamera()
     camera.distance, camera.azimuth, camera.elevation = 0.22 * H.SCALE, 130, -25
