@@ -1254,10 +1254,8 @@ class VirtualHand(H.Hand):
     def _feel_load(self):
         """What bears on the gears from outside: contacts and limits (the forces of all constraints
         without those of friction) and gravity."""
-        m, d = self._model, self._data
-        friction = np.zeros(m.nv)
-        rows = np.flatnonzero(
-            d.efc_type[:d.nefc] == mujoco.mjtConstraint.mjCNSTR_FRICTION_DOF)
+        d = self._data
+        friction, rows = np.zeros(self._model.nv), slice(d.ne, d.ne + d.nf)
         friction[d.efc_id[rows]] = d.efc_force[rows]
         self._external = (d.qfrc_constraint - friction - d.qfrc_bias)[self._vadr]
 

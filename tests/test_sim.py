@@ -336,7 +336,7 @@ def stage(**changes):
         omega=np.zeros((1, 3)), axis=np.array([[0, 0, 1.0]]), quat=np.array([[1.0, 0, 0, 0]]),
         vel=np.zeros((1, 6)), pos=np.zeros((1, 3)), home=np.zeros((1, 3)),
         contact=np.zeros((1, 4, 4)), fallen=np.zeros(1, bool), objects=CUBE[:1],
-        which=np.zeros(1, int), wrists=[0], cell=np.zeros(1, int), cells=[0],
+        which=np.zeros(1, int), wrists=[0], cell=np.zeros(1, int), cells=[0], level=np.ones(1),
         zero=np.zeros((1, 16)))
     task = T.Task(env)
     task.episodes = 100
@@ -351,7 +351,7 @@ def gained(**changes):
 def test_reward_terms_by_hand():
     assert gained(omega=(0, 0, 0.3)) == pytest.approx(T.A_ROT * 0.3)
     assert gained(omega=(0, 0, -0.3)) == pytest.approx(-T.A_ROT * 0.3)
-    assert gained(omega=(0, 0, 9.0)) == pytest.approx(T.A_ROT * T.C_ROT)
+    assert gained(omega=(0, 0, 9.0)) == pytest.approx(T.A_ROT * T.C_ROT[1])
     assert gained(omega=(0.2, -0.1, 0)) == pytest.approx(-T.A_ROTP * 0.3)        # |omega x k|_1
     assert gained(vel=(0.1, 0, 0.2, 7, 7, 7)) == pytest.approx(-T.A_LIN * 0.05)
     moved = H.GRASP + 0.1 * np.eye(16)[3]
@@ -366,16 +366,27 @@ def test_reward_terms_by_hand():
     assert gained(contact=touching) == pytest.approx(2 * T.A_CONTACT)
     assert gained(contact=np.ones((4, 4))) == pytest.approx(3 * T.A_CONTACT)
     assert gained(pos=(0.003, 0, -0.004)) == pytest.approx(-T.A_POS * 0.005)
-    assert gained(fallen=True) == pytest.approx(-T.FALL_PENALTY)
+    assert gained(fallen=True) == pytest.approx(-T.FALL_PENALTY[1])
     rest, turning = stage(), stage(omega=(0, 0, 0.3))
     rest.holds[:] = turning.holds[:] = False                 # before it can hold: worth half
     assert turning.advance()[0] - rest.advance()[0] == pytest.approx(0.5 * T.A_ROT * 0.3)
 
 
+@pytest.mark.parametrize("level", [0.0, 0.5, 1.0])
+def test_holding_gains_weight_with_the_level(level):
+    still, fast, fallen = (
+        stage(level=level, **changes) for changes in ({}, {"omega": (0, 0, 9)}, {"fallen": True}))
+    reward = still.advance()[0]
+    c_rot, penalty = ((1 - level) * low + level * high
+                      for low, high in (T.C_ROT, T.FALL_PENALTY))
+    assert fast.advance()[0] - reward == pytest.approx(T.A_ROT * c_rot)
+    assert fallen.advance()[0] - reward == pytest.approx(-penalty)
+
+
 def test_a_glitch_costs_no_more_than_a_fall():
     wild = stage(vel=np.full(6, 1e5), omega=np.full(3, 1e5), dq=np.full(16, 1e5))
-    assert wild.advance()[0] == -T.FALL_PENALTY
-    assert stage(vel=np.full(6, 1e5), fallen=True).advance()[0] == -2 * T.FALL_PENALTY
+    assert wild.advance()[0] == -T.FALL_PENALTY[1]
+    assert stage(vel=np.full(6, 1e5), fallen=True).advance()[0] == -2 * T.FALL_PENALTY[1]
 
 
 def test_wobble_costs_nothing_at_first():
