@@ -448,9 +448,9 @@ def arguments():
     add("--models", nargs="+", default=["joint"], choices=GROUPS)
     add("--out", type=Path, default=Path("runs/ndm"))
     add("--steps", type=int, default=8000, help="gradient steps of each fit")
-    add("--residual-steps", type=int, default=400)
+    add("--residual-steps", type=int, default=1200)
     add("--episodes", type=int, default=192, help="simulated episodes of the policy")
-    add("--cost", type=float, default=1.0,
+    add("--cost", type=float, default=0.1,
         help="price of a correction, and of its change in a step, against the error")
     add("--seed", type=int, default=0)
     args = parser.parse_args()

@@ -340,6 +340,8 @@ def load_network(path, kind, network):
         net.load_state_dict(content["weights"])
     except (KeyError, TypeError, RuntimeError):
         raise H.Problem(f"{path} was written by another version of this program; train it again")
+    if not all(tensor.isfinite().all() for tensor in net.state_dict().values()):
+        raise H.Problem(f"{path} has weights that are no numbers (NaN or infinite); train it again")
     return net.eval(), content
 
 

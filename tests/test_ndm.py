@@ -443,7 +443,9 @@ def test_bad_checkpoints_are_problems(tmp_path, toy_policy, monkeypatch):
     good = torch.load(toy_policy, weights_only=True)
     torch.save(good | {"config": good["config"] | {"width": 9}}, tmp_path / "misfit.pt")
     torch.save({k: v for k, v in good.items() if k != "weights"}, tmp_path / "hollow.pt")
-    names = ("absent", "torn", "text", "empty", "list", "bare", "misfit", "hollow")
+    spoilt = good["weights"] | {"out.bias": torch.full_like(good["weights"]["out.bias"], np.nan)}
+    torch.save(good | {"weights": spoilt}, tmp_path / "spoilt.pt")
+    names = ("absent", "torn", "text", "empty", "list", "bare", "misfit", "hollow", "spoilt")
     for name in names:
         with pytest.raises(H.Problem, match=f"{name}.pt"):
             T.load_policy(tmp_path / f"{name}.pt")
