@@ -1506,14 +1506,15 @@ def load_npz(path, *names):
     holds NaN."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in (names or file.files)}
+            lacking = set(names) - set(file.files)
+            arrays = {name: file[name] for name in names or file.files if name not in lacking}
     except FileNotFoundError:
         raise H.Problem(f"{path} is not there")
-    except KeyError as error:
-        raise H.Problem(f"{path} has no {error.args[0]}; it was not written by this program or by "
-                        "another version of it")
     except Exception as error:
         raise H.Problem(f"{path} cannot be read ({error}); delete it and make it again")
+    if lacking:
+        raise H.Problem(f"{path} has no {', '.join(sorted(lacking))}; it was not written by this "
+                        "program or by another version of it")
     for name, a in arrays.items():
         if a.dtype.kind == "f" and not np.isfinite(a).all():
             raise H.Problem(f"{path}: {name} contains NaN or infinity; delete the file and collect "

@@ -374,7 +374,7 @@ def test_something_is_always_held_out(tmp_path):
 
 def test_a_foreign_file_is_a_problem(tmp_path):
     sim.save_npz(tmp_path / "00000.npz", q=np.zeros((sim.EPISODE, 16)), hand=H.HAND)
-    with pytest.raises(H.Problem, match="00000.npz has no target"):
+    with pytest.raises(H.Problem, match="00000.npz has no port, sequence, target"):
         F.load_shards([tmp_path])
 
 

@@ -1,6 +1,7 @@
 """The four scripts as a user runs them, at toy size: what they write, what a kill leaves, what they
 say to bad input."""
 import argparse
+import functools
 import io
 import json
 import os
@@ -41,17 +42,30 @@ def shards(folder):
     return sorted(folder.glob("[0-9]*.npz"))
 
 
-def run(*command):
-    status, out, err = finish(start(*command))
+def run(*command, **options):
+    status, out, err = finish(start(*command, **options))
     assert status == 0, err
     return out
+
+
+# what a Python on Windows has not; in the processes that the scripts start as well
+WINDOWS = """
+import signal, sys
+sys.modules.update(dict.fromkeys("termios fcntl pty tty resource dynamixel_sdk serial".split()))
+for name in ("SIGHUP", "SIGQUIT", "SIGALRM"):
+    delattr(signal, name)
+"""
 
 
 @pytest.fixture(scope="session")
 def pipeline(tmp_path_factory, toy_policy, grasps):
     """collect (without balls, which take most of the time), fit_ndm and deploy one after the
-    other."""
+    other, without anything that Windows lacks."""
     out = tmp_path_factory.mktemp("pipeline")
+    (out / "sitecustomize.py").write_text(WINDOWS)
+    run = functools.partial(globals()["run"], env=os.environ | {"PYTHONPATH": str(out)})
+    probe = "import sys, signal; print('termios' in sys.modules, hasattr(signal, 'SIGHUP'))"
+    assert run("-c", probe).split() == ["True", "False"]
     run("collect.py", "--hours", 10 / 180, *HERE, "--load", "none", "--policy", toy_policy,
         "--out", out / "data")
     said = run("fit_ndm.py", "--data", out / "data", "--policy", toy_policy, "--out", out / "ndm",
