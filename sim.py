@@ -1117,6 +1117,7 @@ class VirtualHand(H.Hand):
             balls=None if load != "balls" else other_balls if "box" in self.differs else Balls(),
             timestep=1 / (CONTROL_HZ * self.SUBSTEPS), **self._joints).compile()
         self._data = mujoco.MjData(self._model)
+        self._balls = np.flatnonzero(self._model.geom_contype == BALL)
         self.turn(wrist_of(wrist))
         self._ipos = self._model.body("object").ipos.copy() if obj else None
         joints = [self._model.joint(joint.name) for joint in H.JOINTS]
@@ -1151,16 +1152,19 @@ class VirtualHand(H.Hand):
             self._command_delay = self._read_delay = 0.0
 
     # ---- placing
-    def place(self, q, target=None, object_qpos=None, mass=0.03, friction=1.0, stir=None):
+    def place(self, q, target=None, object_qpos=None, mass=0.03, friction=1.0, stir=None, out=0):
         """Start over with joints at q (N,) rad and the object, if any, in the fingers (position m,
         quaternion): somebody holds it until they have closed on it. `stir` is a seed that throws
-        the balls of the Chaos Box about."""
+        the balls of the Chaos Box about; somebody has taken `out` of them out."""
         m, d = self._model, self._data
         if self._holds_object:
             self._set_contacts(mass, friction)
         mujoco.mj_resetData(m, d)
         if self.load == "balls":
             d.qpos[:] = stirred(m, np.random.default_rng([self.seed, stir or 0]))
+            taken = np.arange(len(self._balls)) >= len(self._balls) - out
+            m.geom_contype[self._balls] = np.where(taken, 0, BALL)
+            m.geom_conaffinity[self._balls] = np.where(taken, 0, BALL | PALM | INNER | FINGERS)
         d.qpos[self._qadr] = q
         if self._holds_object and object_qpos is not None:
             d.qpos[-7:] = object_qpos

@@ -177,9 +177,11 @@ class FakeHand(H.Hand):
         super().__init__()
         self.realtime, self.stuck, self.faulty = realtime, stuck, set(faulty)
         self.q, self.count, self.commands, self.rests, self.reconnects = H.GRASP, 0, 0, 0, 0
+        self.boxes = []
 
-    def place(self, q, stir):
+    def place(self, q, stir, out):
         self.q, self.target = q, q
+        self.boxes.append((stir, out))
 
     def move_to(self, q):
         self.command(H.GRASP)
@@ -237,7 +239,10 @@ def test_a_jammed_trajectory_ends_early_and_is_replayed_with_other_balls(tmp_pat
 
 def test_a_trajectory_that_always_jams_is_given_up_for_good(tmp_path):
     job = job_in(tmp_path, 3)
-    outcome = collect.trajectory(FakeHand(stuck=lambda count: True), job, 1, SEQUENCE)
+    hand = FakeHand(stuck=lambda count: True)
+    outcome = collect.trajectory(hand, job, 1, SEQUENCE)
+    attempts = range(collect.ATTEMPTS)
+    assert hand.boxes == [(collect.ATTEMPTS + k, collect.OUT * k) for k in attempts]
     assert outcome.lag is None and len(outcome.jams) == collect.ATTEMPTS
     assert shards(tmp_path) == [] and collect.missing(job) == [0, 2]
     assert collect.there(job) == (set(), {1})

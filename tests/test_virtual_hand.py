@@ -537,3 +537,20 @@ def test_move_to_arrives_slowly_and_within_limits():
             steps = np.abs(np.diff([start, *sent], axis=0))
             assert steps.max() <= H.MOVE_SPEED / H.CONTROL_HZ + 1e-9
             assert np.abs(hand.read().q - goal).max() < 0.1
+
+
+def test_balls_that_are_taken_out_touch_nothing_until_they_are_back():
+    hand = sim.VirtualHand(3, load="balls")
+    balls = [i for i in range(hand._model.ngeom) if hand._model.geom_contype[i] == sim.BALL]
+
+    def touching():
+        hand.command(H.GRASP)
+        pairs = hand._data.contact.geom[:hand._data.ncon]
+        return set(pairs.flatten().tolist()) & set(balls)
+
+    hand.place(H.GRASP, stir=1)
+    assert touching() & set(balls[-4:])
+    hand.place(H.GRASP, stir=1, out=4)
+    assert touching() and not touching() & set(balls[-4:])
+    hand.place(H.GRASP, stir=1)
+    assert touching() & set(balls[-4:])
