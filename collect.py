@@ -44,7 +44,7 @@ BLOCK = 48             # episodes simulated at once
 JAM = 0.3              # rad between target and joint: three times what saturates the motor
 JAM_STEPS = 30         # 1.5 s of it
 ATTEMPTS = 5           # with other balls and other noise, before a trajectory is given up
-OUT = 2                # balls that are taken out of a virtual hand's box before the next attempt
+TAKEN_OUT = 2          # balls, from a virtual hand's box, before each further attempt
 IN_A_ROW = 3           # given up: the box is too full
 
 
@@ -147,7 +147,7 @@ def trajectory(hand, job, index, sequence):
         replay = Replay(targets, film=index == 0 and not hand.realtime)
         if not hand.realtime:
             # who owns a box that jams takes balls out
-            hand.place(sequence[0], stir=ATTEMPTS * index + attempt, out=OUT * attempt)
+            hand.place(sequence[0], stir=ATTEMPTS * index + attempt, out=TAKEN_OUT * attempt)
         hand.move_to(sequence[0])
         data = H.drive(hand, replay.act, EPISODE, replay.watch)
         if hand.realtime:

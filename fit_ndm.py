@@ -459,7 +459,7 @@ def arguments():
     if args.seed < 0 or not args.cost >= 0:
         raise H.Problem("--seed and --cost must not be negative")
     folders = {*Path("data").glob("*-balls-policy"), *Path("data").glob("*-task")}
-    args.data = args.data or sorted(folders - set(args.test or ()))
+    args.data = args.data or sorted(folders - set(args.test))
     if not args.data:
         raise H.Problem("there is no data/*-balls-policy; run collect.py first, or name its "
                         "folders with --data")

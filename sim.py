@@ -330,7 +330,7 @@ class Balls(NamedTuple):
             seed=int(rng.integers(1 << 30)))
 
 
-def _add_balls(spec, balls, bit, hand_bits):
+def _add_balls(spec, balls):
     """Walls (planes) and balls. MuJoCo's contacts are as stiff as the masses in them are heavy:
     without the armature, which has inertia and no weight, a finger would pass through a ball of
     8 g and be thrown out of it. Balls that do not roll load the joints as well at half the degrees
@@ -340,7 +340,7 @@ def _add_balls(spec, balls, bit, hand_bits):
         for sign, edge in ((1.0, low), (-1.0, high)):
             wall = spec.worldbody.add_geom(
                 type=mujoco.mjtGeom.mjGEOM_PLANE, size=(0.3, 0.3, 0.01), contype=0,
-                conaffinity=bit, condim=1, rgba=(0.6, 0.7, 0.8, 0.1),
+                conaffinity=BALL, condim=1, rgba=(0.6, 0.7, 0.8, 0.1),
                 pos=np.where(np.arange(3) == axis, edge, (low + high) / 2))
             wall.alt.type = mujoco.mjtOrientation.mjORIENTATION_ZAXIS
             wall.alt.zaxis = sign * np.eye(3)[axis]
@@ -355,8 +355,8 @@ def _add_balls(spec, balls, bit, hand_bits):
             body.add_joint(type=mujoco.mjtJoint.mjJNT_BALL, damping=1e-5,
                            armature=0.03 * radius ** 2)
         body.add_geom(
-            type=mujoco.mjtGeom.mjGEOM_SPHERE, size=(radius, 0, 0), mass=balls.mass, contype=bit,
-            conaffinity=hand_bits | bit, condim=3 if balls.friction else 1, priority=2,
+            type=mujoco.mjtGeom.mjGEOM_SPHERE, size=(radius, 0, 0), mass=balls.mass, contype=BALL,
+            conaffinity=MEETS_BALLS, condim=3 if balls.friction else 1, priority=2,
             friction=(balls.friction, 0, 0), solref=(balls.softness, 1), rgba=(0.3, 0.55, 0.85, 1))
 
 
@@ -382,6 +382,7 @@ PLASTIC = 0.45                   # friction of a link over that of a tip
 # Collision bits. Links of different fingers collide from the middle link on, where they can meet.
 PALM, INNER, BALL, OBJECT, FINGER = 1, 2, 4, 8, 16          # finger f has the bit FINGER << f
 FINGERS = ((1 << len(H.FINGERS)) - 1) * FINGER
+MEETS_BALLS = PALM | INNER | BALL | FINGERS
 
 
 def build(obj=None, *, links=H.LINKS, balls=None, wrist=(1, 0, 0, 0), cone="elliptic", impratio=10,
@@ -417,7 +418,7 @@ def build(obj=None, *, links=H.LINKS, balls=None, wrist=(1, 0, 0, 0), cone="elli
     if obj is not None:
         _add_object(spec, obj)
     if balls is not None:
-        _add_balls(spec, balls, BALL, PALM | INNER | FINGERS)
+        _add_balls(spec, balls)
     spec.add_texture(
         name="sky", type=mujoco.mjtTexture.mjTEXTURE_SKYBOX, width=64, height=64,
         builtin=mujoco.mjtBuiltin.mjBUILTIN_GRADIENT, rgb1=(0.9, 0.93, 0.96), rgb2=(0.7, 0.75, 0.8))
@@ -1164,7 +1165,7 @@ class VirtualHand(H.Hand):
             d.qpos[:] = stirred(m, np.random.default_rng([self.seed, stir or 0]))
             taken = np.arange(len(self._balls)) >= len(self._balls) - out
             m.geom_contype[self._balls] = np.where(taken, 0, BALL)
-            m.geom_conaffinity[self._balls] = np.where(taken, 0, BALL | PALM | INNER | FINGERS)
+            m.geom_conaffinity[self._balls] = np.where(taken, 0, MEETS_BALLS)
         d.qpos[self._qadr] = q
         if self._holds_object and object_qpos is not None:
             d.qpos[-7:] = object_qpos

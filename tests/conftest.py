@@ -64,6 +64,16 @@ def toy_policy(tmp_path_factory):
     return path
 
 
+# takes away what a Python on Windows has not
+WINDOWS = """
+import signal, sys
+missing = "termios fcntl pty tty resource dynamixel_sdk serial".split()
+sys.modules.update(dict.fromkeys(missing))               # importing them fails
+for name in ("SIGHUP", "SIGQUIT", "SIGALRM"):
+    delattr(signal, name)
+"""
+
+
 def start(*command, **options):
     """A script as a user starts it, in a process group of its own."""
     return subprocess.Popen(

@@ -43,12 +43,12 @@ def study(k, args, wrists):
         run("collect.py", "--port", port, "--policy", policy, "--wrist", wrist,
             "--hours", args.hours / len(wrists), "--out", folder)
     task, fitted = (args.out / f"sim{k}-{name}" for name in ("task", "ndm"))
-    if args.recorded and not task.exists():
-        run("deploy.py", "--base", "--port", port, "--policy", policy, "--wrist", *wrists,
-            "--episodes", args.recorded, "--seed", RECORDED, "--record", task)
-    if not (fitted / "residual.pt").exists():
+    if not (fitted / "residual.pt").exists():            # and so what was recorded is whole
+        if args.recorded:
+            run("deploy.py", "--base", "--port", port, "--policy", policy, "--wrist", *wrists,
+                "--episodes", args.recorded, "--seed", RECORDED, "--record", task)
         run("fit_ndm.py", "--data", *boxes, *[task] * bool(args.recorded), "--policy", policy,
-            "--out", fitted, "--cost", args.cost)
+            "--out", fitted)
     run("deploy.py", "--compare", "--port", port, "--policy", policy, "--wrist", *wrists,
         "--residual", fitted / "residual.pt", "--episodes", args.episodes, "--seed", COMPARED,
         "--json", result)
@@ -63,7 +63,6 @@ def main():
     add("--hours", type=float, default=0.4, help="in the Chaos Box, all wrists together")
     add("--recorded", type=int, default=40, help="trials of the task a wrist; 0: the box alone")
     add("--episodes", type=int, default=40, help="trials a wrist that are compared")
-    add("--cost", type=float, default=0.1, help="see fit_ndm.py")
     add("--policy", type=Path, default=Path("checkpoints/policy.pt"))
     add("--out", type=Path, default=Path("runs/study"))
     add("--results", type=Path, default=Path("results/study"))

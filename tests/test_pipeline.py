@@ -23,7 +23,7 @@ import hand as H
 import sim
 import tables
 import train_policy
-from conftest import finish, one_line_problem, start
+from conftest import WINDOWS, finish, one_line_problem, start
 
 pytestmark = pytest.mark.usefixtures("grasps")
 
@@ -48,32 +48,23 @@ def run(*command, **options):
     return out
 
 
-# what a Python on Windows has not; in the processes that the scripts start as well
-WINDOWS = """
-import signal, sys
-sys.modules.update(dict.fromkeys("termios fcntl pty tty resource dynamixel_sdk serial".split()))
-for name in ("SIGHUP", "SIGQUIT", "SIGALRM"):
-    delattr(signal, name)
-"""
-
-
 @pytest.fixture(scope="session")
 def pipeline(tmp_path_factory, toy_policy, grasps):
     """collect (without balls, which take most of the time), fit_ndm and deploy one after the
     other, without anything that Windows lacks."""
     out = tmp_path_factory.mktemp("pipeline")
-    (out / "sitecustomize.py").write_text(WINDOWS)
-    run = functools.partial(globals()["run"], env=os.environ | {"PYTHONPATH": str(out)})
+    (out / "sitecustomize.py").write_text(WINDOWS)       # also for the processes that they start
+    lacking = functools.partial(run, env=os.environ | {"PYTHONPATH": str(out)})
     probe = "import sys, signal; print('termios' in sys.modules, hasattr(signal, 'SIGHUP'))"
-    assert run("-c", probe).split() == ["True", "False"]
-    run("collect.py", "--hours", 10 / 180, *HERE, "--load", "none", "--policy", toy_policy,
+    assert lacking("-c", probe).split() == ["True", "False"]
+    lacking("collect.py", "--hours", 10 / 180, *HERE, "--load", "none", "--policy", toy_policy,
         "--out", out / "data")
-    said = run("fit_ndm.py", "--data", out / "data", "--policy", toy_policy, "--out", out / "ndm",
-               "--models", "joint", "whole", "--steps", 30, "--residual-steps", 3,
-               "--episodes", 24)
-    numbers = run("deploy.py", "--compare", "--episodes", 2, *HERE, "--axis", "z+",
-                  "--policy", toy_policy, "--residual", out / "ndm/residual.pt",
-                  "--json", out / "numbers.json")
+    said = lacking("fit_ndm.py", "--data", out / "data", "--policy", toy_policy,
+                   "--out", out / "ndm", "--models", "joint", "whole", "--steps", 30,
+                   "--residual-steps", 3, "--episodes", 24)
+    numbers = lacking("deploy.py", "--compare", "--episodes", 2, *HERE, "--axis", "z+",
+                      "--policy", toy_policy, "--residual", out / "ndm/residual.pt",
+                      "--json", out / "numbers.json")
     return out, said, numbers
 
 
@@ -242,7 +233,7 @@ def test_a_trajectory_that_always_jams_is_given_up_for_good(tmp_path):
     hand = FakeHand(stuck=lambda count: True)
     outcome = collect.trajectory(hand, job, 1, SEQUENCE)
     attempts = range(collect.ATTEMPTS)
-    assert hand.boxes == [(collect.ATTEMPTS + k, collect.OUT * k) for k in attempts]
+    assert hand.boxes == [(collect.ATTEMPTS + k, collect.TAKEN_OUT * k) for k in attempts]
     assert outcome.lag is None and len(outcome.jams) == collect.ATTEMPTS
     assert shards(tmp_path) == [] and collect.missing(job) == [0, 2]
     assert collect.there(job) == (set(), {1})
