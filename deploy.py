@@ -585,7 +585,6 @@ def live_on_a_virtual_hand(args, policy, residual, content, steering):
 
         def watch(hand):
             nonlocal fallen
-            referee.axis[:] = steering.axis
             fallen += not still_held(hand, referee)              # control steps ago
             rows = readings(controller, steering, referee)
             if args.gif and len(shots) < 60 * HZ:

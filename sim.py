@@ -758,15 +758,34 @@ class Rotation:
         whatever is randomized drawn anew."""
         rng = self.rng
         for i in ids:
-            wrist, grasps = self.wrists[rng.integers(len(self.wrists))], self.grasps[self.which[i]]
+            grasps = self.grasps[self.which[i]]
             grasp = grasps[rng.integers(len(grasps))]
-            axis = self.axes[rng.integers(len(self.axes))]
-            self.cell[i] = self.cells.index((wrist, axis, self.objects[self.which[i]].family))
             self._start(
-                i, grasp, wrist_of(wrist, rng), axis_of(axis, rng),
+                i, grasp, *self._drawn_task(i),
                 rng.uniform(*MASS) if "mass" in self.randomize else 0.03,
                 rng.uniform(*FRICTION) if "friction" in self.randomize else 1.0)
         self._begin(np.asarray(ids, int))
+
+    def redirect(self, ids):
+        """New episodes in environments `ids` with another wrist and another axis, which begin
+        where the last ones ended: the same hands go on holding the same objects."""
+        for i in ids:
+            self._hang(i, *self._drawn_task(i))
+        self.steps[ids] = 0
+
+    def _drawn_task(self, i):
+        """A wrist (4,) and an axis (3,) for environment i."""
+        wrist, axis = (names[self.rng.integers(len(names))] for names in (self.wrists, self.axes))
+        self.cell[i] = self.cells.index((wrist, axis, self.objects[self.which[i]].family))
+        return wrist_of(wrist, self.rng), axis_of(axis, self.rng)
+
+    def _hang(self, i, wrist, axis):
+        """Gravity as the wrist has it, and as the level has it; about which axis to turn."""
+        self.wrist[i], self.axis[i], level = wrist, axis, self.level[self.cell[i]]
+        self.g[i] = self.weakest + (1 - self.weakest) * level
+        if "wrist" in self.randomize:
+            wrist = tilted(wrist, self.rng, level * WRIST_ERROR)
+        self.models[i].opt.gravity = 9.81 * self.g[i] * gravity(wrist)[0]
 
     def begin(self, trials):
         """Start every environment with its own of n trials; their objects are `objects` in turn."""
@@ -779,18 +798,14 @@ class Rotation:
     def _start(self, i, grasp, wrist, axis, mass, friction):
         model, rng = self.models[i], self.rng
         level = self.level[self.cell[i]]
-        self.wrist[i], self.axis[i] = wrist, axis
+        self._hang(i, wrist, axis)
         self.mass[i], self.friction[i] = mass, friction
-        self.g[i] = self.weakest + (1 - self.weakest) * level
         self.state[i] = 0
         self.state[i, self._qpos], self.target[i] = grasp[:H.N + 7], grasp[H.N + 7:]
 
-        true_wrist, centre = self.wrist[i], self._ipos[i % len(self._ipos)]
-        if "wrist" in self.randomize:
-            true_wrist = tilted(true_wrist, rng, level * WRIST_ERROR)
+        centre = self._ipos[i % len(self._ipos)]
         if "centre" in self.randomize:
             centre = centre + level * rng.uniform(-OFF_CENTRE, OFF_CENTRE, 3)
-        model.opt.gravity = 9.81 * self.g[i] * gravity(true_wrist)[0]
         set_object(model, self.datas[0], mass, friction, centre)
         if "contact" in self.randomize:
             softness = 0.02 + level * (rng.uniform(*CONTACT_TIME) - 0.02)
@@ -914,10 +929,11 @@ class Referee:
     """Keeps the metrics of n episodes, in the training simulator or on a virtual hand.
 
     RotR = sum over steps of omega . k (RotR / 20 is radians turned), TTF = s until the object fell,
-    RotP = mean of |omega x k| while it was held. Nothing counts after a fall."""
+    RotP = mean of |omega x k| while it was held. Nothing counts after a fall. `axis` (n, 3) is not
+    copied: whoever changes it is measured about the new one."""
 
     def __init__(self, axis, pos, quat):
-        self.axis, self.home, self.quat = np.array(axis, float), pos.copy(), quat.copy()
+        self.axis, self.home, self.quat = axis, pos.copy(), quat.copy()
         self.alive = np.ones(len(pos), bool)
         self.RotR, self.RotP, self.held = (np.zeros(len(pos)) for _ in range(3))
 

@@ -61,6 +61,7 @@ RAISE_HELD = 0.6         # share of the episode
 LOWER = 0.5              # below this share of RAISE_RAD the level goes down again
 RAISE = 1 / 16
 ENOUGH = 192, 12         # episodes of all cells, and at least of one, before its level may change
+GO_ON = 0.5              # share of held episodes after which the next begins in mid-gait
 
 # The generalist
 ROUNDS = 12              # of one episode in every environment
@@ -69,6 +70,7 @@ GRADIENT_STEPS = 800     # after each round
 CLONING_BATCH = 1024
 CLONING_RATE = 1e-3
 KEPT = 0.25              # share of the control steps that are kept: neighbours are alike
+REDIRECT = 1 / 200       # of wrist and axis, chance per control step while the student drives
 
 # ------------------------------------------------------------------------------------- reward
 # r = a_rot r_rot + a_goal r_goal + a_pen r_pen
@@ -115,6 +117,11 @@ class Task:
         self.past_q[ids], self.past_target[ids] = env.measured[ids, None], env.target[ids, None]
         self._set_goal(ids)
         self.episodes += len(ids) / env.n
+
+    def redirect(self, ids):
+        """Episodes that go on from where the last ones ended, about another axis."""
+        self._set_goal(ids)
+        self.episodes += len(ids) / self.env.n
 
     def _set_goal(self, ids):
         """The guiding goal: the object's own orientation, a quarter turn further about k."""
@@ -467,9 +474,12 @@ def roll_out(oracle, env, task, curriculum, obs):
             obs = task.observe()
             out_of_time = torch.from_numpy(ended & ~env.fallen)
             after = torch.where(out_of_time, oracle.value(obs), after)
-            ids = np.flatnonzero(ended)
-            env.reset(ids)
-            task.start(ids)
+            go_on = ended & ~env.fallen & (env.rng.random(env.n) < GO_ON)
+            anew, on = np.flatnonzero(ended & ~go_on), np.flatnonzero(go_on)
+            env.reset(anew)
+            task.start(anew)
+            env.redirect(on)
+            task.redirect(on)
         obs = task.observe()
         step = (x, action, oracle.log_prob(mean, action), reward, torch.from_numpy(ended), value,
                 after)
@@ -756,6 +766,10 @@ class Cloning:
         def watch(env):
             task.advance()
             lasted[env.fallen] = False
+            if not cloning:
+                ids = np.flatnonzero(env.rng.random(env.n) < REDIRECT)
+                env.redirect(ids)
+                task.redirect(ids)
 
         def restart(env, ids):
             task.start(ids)

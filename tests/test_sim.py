@@ -328,6 +328,15 @@ def test_the_referee_measures_what_a_plain_loop_does_and_nothing_after_a_fall():
         assert sum(a[i] for a in alive) == held
 
 
+def test_the_referee_measures_about_the_axis_of_the_moment():
+    axis, pos, still = np.array([[0.0, 0, 1]]), np.zeros((1, 3)), np.array([[1.0, 0, 0, 0]])
+    referee, turned = sim.Referee(axis, pos, still), sim.from_axis_angle([[0, 0, 1]], [0.1])
+    referee(pos, turned)
+    axis[:] = 0, 0, -1
+    referee(pos, sim.multiply(turned, turned))
+    assert referee.result()["RotR"] == pytest.approx([0], abs=1e-9)
+
+
 def stage(**changes):
     """An object at rest at the canonical grasp, seen by `Task`, with one thing changed."""
     env = SimpleNamespace(
@@ -741,6 +750,25 @@ def test_a_level_belongs_to_its_wrist():
     env.reset(np.arange(12))
     assert set(env.cell) == {0, 1}
     assert env.g == pytest.approx(np.where(env.cell == 0, 0.2, 1.0))
+
+
+def test_a_new_wrist_and_axis_leave_hand_and_object_as_they_are():
+    env = still(12, wrists=["palm_up", "palm_down"], axes=["+z", "-x"])
+    for _ in range(5):
+        env.step(env.target + 0.01)
+    before, some, others = env.snapshot()["arrays"], np.arange(6), np.arange(6, 12)
+    env.redirect(some)
+    after = env.snapshot()["arrays"]
+    for name in ("state", "target", "history", "measured", "home", "mass", "friction"):
+        assert torch.equal(before[name], after[name]), name
+    for name in ("wrist", "axis", "steps"):
+        assert torch.equal(before[name][others], after[name][others])
+        assert not torch.equal(before[name][some], after[name][some])
+    assert not env.steps[some].any()
+    for i, model in enumerate(env.models):
+        wrist, axis, _ = env.cells[env.cell[i]]
+        assert model.opt.gravity == pytest.approx(9.81 * sim.gravity(sim.wrist_of(wrist))[0])
+        assert env.axis[i] == pytest.approx(sim.axis_of(axis))
 
 
 @pytest.mark.parametrize("command_late, reading_late", [(0, 0), (3, 0), (0, 2), (2, 3)])

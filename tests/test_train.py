@@ -55,6 +55,23 @@ def test_a_history_moves_on_once_a_step_whoever_else_falls():
     assert task.past_q[5] == pytest.approx(np.array(seen[-3:]))
 
 
+def test_half_of_the_episodes_that_hold_go_on_from_where_they_are(monkeypatch):
+    """The hand and its history do not jump at the end of an episode, only its task is new."""
+    monkeypatch.setattr(T, "GO_ON", 1.0)
+    env, task = environment()
+    env.steps[:3] = sim.EPISODE - 2
+    curriculum, seen, anew = T.Curriculum(env, task), [], set()
+    oracle, step, reset = T.Oracle(task.observe().shape[1]), env.step, env.reset
+    oracle.log_std.data[:] = -5                              # or random actions let it fall
+    env.step = lambda target: (step(target), seen.append(env.measured[0].copy()))
+    env.reset = lambda ids: (reset(ids), anew.update(ids))
+    with torch.no_grad():
+        T.roll_out(oracle, env, task, curriculum, task.observe())
+    assert not anew & {0, 1, 2} and env.steps[:3].tolist() == [T.HORIZON - 2] * 3
+    assert len(curriculum.new) == 3 + len(anew)
+    assert task.past_q[0] == pytest.approx(np.array(seen[-3:]))
+
+
 def test_what_follows_a_fall_in_cloning_belongs_to_the_new_episode(tmp_path):
     """Labels after a fall come from the goal and the history of the episode that began."""
     env, _ = environment(4)
