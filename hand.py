@@ -623,7 +623,7 @@ class DynamixelHand(Hand):
 
         What is missing is asked for again. Built on the SDK's packets, because its GroupSyncRead
         neither checks an answer's length nor hands on the alert bit."""
-        answers, alert = {}, False
+        answers = {}
         for attempt in range(TRIES):
             missing = [i for i in MOTOR_ID if i not in answers]
             self._sdk(self.packet.syncReadTx, address, size, missing, len(missing), False)
@@ -633,7 +633,8 @@ class DynamixelHand(Hand):
                 raw, result = self._sdk(self.packet.rxPacket, False)
                 if result == 0 and raw[4] in missing and len(raw) == 11 + size:
                     answers[raw[4]] = np.array(raw[9:9 + size], np.uint8)
-                    alert |= bool(raw[8] & 0x80)
+                    if raw[8] & 0x80:
+                        self.next_health = 0.0           # a motor is in error: look at once
                     missing = missing[missing.index(raw[4]) + 1:]        # they answer in order
                 elif result == 0 and raw[4] in answers and [*answers[raw[4]]] != raw[9:9 + size]:
                     answers = {}                 # one of the two is old: trust none
@@ -644,8 +645,6 @@ class DynamixelHand(Hand):
                 late = [self._sdk(lambda port: port.ser.read(1024)) for _ in range(3)]       # 3 ms
                 answers = {} if any(late) else answers
             if len(answers) == N:
-                if alert:
-                    self.next_health = 0.0       # a motor is in error: look at once
                 return np.stack([answers[i] for i in MOTOR_ID])
         self._let_go()                           # at once; then see who it is
         self._blame([j for j in range(N) if MOTOR_ID[j] not in answers])
