@@ -124,7 +124,7 @@ def still_held(hand, referee):
 
 
 def measured_episode(job):
-    """One trial on a virtual hand, in a worker process; returns what `Referee` says."""
+    """One trial on a virtual hand, in a worker process: its `Referee`'s dict of (1,) arrays."""
     args, trial, residual, index, picture = job
     hand, controller, referee = begin(args.port, trial, *networks(args.policy, residual))
     pushes, film = iter(trial.pushes), []
@@ -141,7 +141,7 @@ def measured_episode(job):
     save_episode(args, data, trial.wrist, trial.obj.name, index)
     if picture:
         sim.film(hand.model(), film, picture, trial.wrist)
-    return {name: float(value[0]) for name, value in referee.result().items()}
+    return referee.result()
 
 
 def on_the_hand(pool, args, wrist, trials, residual):
@@ -158,7 +158,7 @@ def on_the_hand(pool, args, wrist, trials, residual):
         rows.append(result)
         turned, held = (np.mean([row[name] for row in rows]) for name in ("RotR", "TTF"))
         bar(len(rows), f"{turned / HZ:.2f} rad, {held:.1f} s")
-    return {name: np.array([row[name] for row in rows]) for name in METRICS}
+    return {name: np.concatenate([row[name] for row in rows]) for name in METRICS}
 
 
 def on_a_virtual_hand(args, policy, content):
