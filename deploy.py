@@ -124,7 +124,7 @@ def still_held(hand, referee):
 
 
 def measured_episode(job):
-    """One trial on a virtual hand, in a worker process; returns what `Referee` says."""
+    """One trial on a virtual hand, in a worker process: its `Referee`'s dict of (1,) arrays."""
     args, trial, residual, index, picture = job
     hand, controller, referee = begin(args.port, trial, *networks(args.policy, residual))
     pushes, film = iter(trial.pushes), []
@@ -134,15 +134,14 @@ def measured_episode(job):
         return controller(q)
 
     def watch(hand):
-        if picture:
-            film.append(hand.qpos())
+        film.append(hand.qpos())
         return not still_held(hand, referee)
 
     data = H.drive(hand, pushed, sim.EPISODE, watch)
     save_episode(args, data, trial.wrist, trial.obj.name, index)
-    if film:
+    if picture:
         sim.film(hand.model(), film, picture, trial.wrist)
-    return {name: float(value[0]) for name, value in referee.result().items()}
+    return referee.result()
 
 
 def on_the_hand(pool, args, wrist, trials, residual):
@@ -159,13 +158,7 @@ def on_the_hand(pool, args, wrist, trials, residual):
         rows.append(result)
         turned, held = (np.mean([row[name] for row in rows]) for name in ("RotR", "TTF"))
         bar(len(rows), f"{turned / HZ:.2f} rad, {held:.1f} s")
-    return {name: np.array([row[name] for row in rows]) for name in METRICS}
-
-
-def in_training(trials, objects, wrist, axes, seed, policy, title=None):
-    """The trials of one wrist in the training simulator: dict of (n,) arrays."""
-    env = sim.Rotation(len(trials), objects, [wrist], axes, seed=seed)
-    return sim.run_episodes(env, lambda env: act(policy, env), title=title, trials=trials)
+    return {name: np.concatenate([row[name] for row in rows]) for name in METRICS}
 
 
 def on_a_virtual_hand(args, policy, content):
@@ -177,8 +170,9 @@ def on_a_virtual_hand(args, policy, content):
             trials = sim.trials(objects, wrist, args.axis, args.episodes, args.seed)
             part = parts[wrist] = {}
             if args.compare:
-                part["ceiling"] = in_training(
-                    trials, objects, wrist, args.axis, args.seed, policy, f"ceiling {wrist}")
+                env = sim.Rotation(args.episodes, objects, [wrist], args.axis, seed=args.seed)
+                part["ceiling"] = sim.run_episodes(
+                    env, functools.partial(act, policy), title=f"ceiling {wrist}", trials=trials)
             if args.compare or args.base:
                 part["base"] = on_the_hand(pool, args, wrist, trials, None)
             if not args.base:
@@ -207,16 +201,14 @@ def spread(x):
 
 def recovered(part, draws=2000):
     """The share of what is lost in RotR that the residual recovers, and its 95 % interval by
-    bootstrap: trials are drawn anew, each with its three results. None where nothing is lost, or
-    where too many draws say so for an interval."""
-    x = np.stack([part[kind]["RotR"] for kind in KINDS])               # (3, n)
-    n = x.shape[1]
-    ceiling, base, residual = x.mean(1)
-    if ceiling <= base:
+    bootstrap over trials, each with its three results. None where nothing is lost, or where too
+    many draws say so for an interval."""
+    lost, won = (part[kind]["RotR"] - part["base"]["RotR"] for kind in ("ceiling", "residual"))
+    if lost.mean() <= 0:
         return None, None
-    share = float((residual - base) / (ceiling - base))
-    drawn = x[:, np.random.default_rng(0).integers(n, size=(draws, n))].mean(2)
-    lost, won = drawn[0] - drawn[1], drawn[2] - drawn[1]
+    share, n = float(won.mean() / lost.mean()), len(lost)
+    drawn = np.random.default_rng(0).integers(n, size=(draws, n))
+    lost, won = lost[drawn].mean(1), won[drawn].mean(1)
     some = lost > 0
     if n == 1 or some.mean() <= 0.975:
         return share, None
@@ -261,7 +253,8 @@ def benchmark(args, policy, content):
         bar = sim.Progress(f"benchmark {name}", len(args.wrist) * len(args.axis))
         for wrist, axis in itertools.product(args.wrist, args.axis):
             trials = sim.trials(objects, wrist, [axis], n, args.seed)
-            result = in_training(trials, objects, wrist, [axis], args.seed, policy)
+            env = sim.Rotation(n, objects, [wrist], [axis], seed=args.seed)
+            result = sim.run_episodes(env, functools.partial(act, policy), trials=trials)
             result["TTF"] = result["TTF"] * HZ / sim.EPISODE
             rows += [(wrist, axis, trial.obj.family, *numbers) for trial, *numbers in zip(
                 trials, *(result[m] for m in METRICS))]
@@ -291,7 +284,6 @@ def goals_reached(policy, objects, wrists, n, seed):
     env = sim.Rotation(n, objects, wrists, [sim.ANY], seed=seed)
     goal = np.random.default_rng([seed, 5]).normal(size=(n, 4))
     goal /= np.linalg.norm(goal, axis=1, keepdims=True)
-    lost = np.zeros(n, bool)
 
     def left():
         return sim.rotation_between(env.quat, goal)
@@ -301,11 +293,8 @@ def goals_reached(policy, objects, wrists, n, seed):
         env.axis[:] = left() / np.maximum(angle, 1e-6)
         return np.where(angle < 0.8 * ARRIVED, env.target, act(policy, env))
 
-    def watch(env):
-        lost[env.fallen] = True
-
-    sim.run_episodes(env, towards, watch, title="goals")
-    return float((~lost & (np.linalg.norm(left(), axis=1) < ARRIVED)).mean())
+    held = sim.run_episodes(env, towards, title="goals")["TTF"] == sim.EPISODE / HZ
+    return float((held & (np.linalg.norm(left(), axis=1) < ARRIVED)).mean())
 
 
 def print_benchmark(report):
@@ -611,17 +600,20 @@ def live_on_a_virtual_hand(args, policy, residual, content, steering):
 def live_on_a_real_hand(args, policy, residual, steering):
     """It goes to the grasp and holds still until somebody gives it an object and says go. When the
     bus fails it lets go, and comes back when somebody has mended that and says go."""
+    def held_back():
+        """Listen: are we to hold still? A reset is what comes anyway, so only `quit` is heard."""
+        steering.wish = None
+        steering.listen()
+        return steering.holding and steering.wish != "quit"
+
     def on_the_way():
         """A tick of the move to the grasp, which `hold` and `quit` stop as well."""
-        while True:
-            type(hand).tick(hand)
-            steering.listen()
-            if steering.wish == "quit":
-                sys.exit()
-            steering.wish = None             # a reset is what it does already
-            if not steering.holding:
-                return
+        type(hand).tick(hand)
+        while held_back():
             hand.command(hand.target)
+            type(hand).tick(hand)
+        if steering.wish == "quit":
+            sys.exit()
 
     def act_as_told(q):
         steering.steer(controller, residual)
@@ -644,11 +636,9 @@ def live_on_a_real_hand(args, policy, residual, steering):
                     H.drive(hand, act_as_told, sim.EPISODE, watch)
             except H.BusError as error:
                 say(f"{error}\nmend that, then go (g)")
-                steering.holding, steering.wish = True, None
-                while steering.holding and steering.wish != "quit":
+                steering.holding = True
+                while held_back():
                     time.sleep(1 / HZ)
-                    steering.wish = None
-                    steering.listen()
                 if steering.wish != "quit":
                     hand.reconnect()
 
@@ -677,10 +667,8 @@ def arguments():
     add("--workers", type=int, default=os.cpu_count())
     args = parser.parse_args()
     args.port = "sim:0" if args.benchmark else sim.resolve_port(args.port)
-    usual = (sim.WRISTS, [*sim.AXES, sim.ANY]) if args.benchmark else (
-        ["palm_up", "palm_down"], ["+z", "-z"])
-    args.wrist, args.axis = (list(dict.fromkeys(given or default))
-                             for given, default in zip((args.wrist, args.axis), usual))
+    args.wrist = args.wrist or (list(sim.WRISTS) if args.benchmark else ["palm_up", "palm_down"])
+    args.axis = args.axis or ([*sim.AXES, sim.ANY] if args.benchmark else ["+z", "-z"])
     virtual = args.port.startswith("sim:")
     if args.live or not virtual:                 # one after the other
         args.wrist, args.axis = args.wrist[:1], args.axis[:1]
@@ -702,11 +690,10 @@ def arguments():
 
 def note_what_differs(args, content, fitted):
     """A line for everything here that policy and residual have not seen."""
-    if fitted:
-        for what, here in (("port", args.port), ("policy", digest(args.policy))):
-            if fitted.get(what) != here:
-                say(f"note: {args.residual} was fitted to the {what} {fitted.get(what)}, "
-                    f"this is {here}")
+    for what, here in (("port", args.port), ("policy", digest(args.policy))):
+        if fitted and fitted.get(what) != here:
+            say(f"note: {args.residual} was fitted to the {what} {fitted.get(what)}, "
+                f"this is {here}")
     for given, known in ((args.wrist, content["wrists"]), (args.axis, content["axes"])):
         strange = ", ".join(name for name in given if name not in known)
         if strange and sim.ANY not in known:

@@ -250,8 +250,13 @@ POSITIVE = ("CONTROL_HZ MAX_STEP MOVE_SPEED CURRENT SUPPLY COUNT RPM FULL_DUTY K
             "ARMATURE FRICTION STRIBECK_SPEED REACH SCALE BALLS").split()
 
 
-def wrong_with_the_table():
-    """Yields a line about everything in it that would otherwise be wrong without a word."""
+def refuse(line):
+    print(f"error: the table of hand.py: {line}", file=sys.stderr)
+    sys.exit(2)
+
+
+def check_the_table():
+    """Refuse what would otherwise be wrong without a word."""
     known, above = {}, []                        # above: the last link and what it hangs on
     for link in LINKS:
         parent, finger, j = known.get(link.parent), link.finger, link.joint
@@ -270,39 +275,33 @@ def wrong_with_the_table():
                 (j and not j.low <= j.grasp <= j.high, f"has its grasp outside its limits: {j}"),
                 (j and not j.low <= j.rest <= j.high, f"has its rest outside its limits: {j}")):
             if bad:
-                yield f"link {link.name} {text}"
+                refuse(f"link {link.name} {text}")
         above = [*above[:above.index(link.parent) + 1 if parent else 0], link.name]
         known[link.name] = link
     if len(set(MOTOR_ID)) < N:
-        yield "two joints have the same motor_id"
+        refuse("two joints have the same motor_id")
     if [name in known and known[name].finger for name in TIPS] != FINGERS:
-        yield f"TIPS must name one link of each of the fingers {FINGERS}, in this order"
+        refuse(f"TIPS must name one link of each of the fingers {FINGERS}, in this order")
     if len({known[name].finger for name in OUTER if known[name].shapes}) < 2:
-        yield "no two fingers can touch: their last two links have no shapes"
+        refuse("no two fingers can touch: their last two links have no shapes")
     for name in POSITIVE + OTHERS:
         value = globals().get(name)
         if value is None:
-            yield f"it has no {name}"
+            refuse(f"it has no {name}")
         elif name in POSITIVE and not (np.all(np.greater(value, 0)) and np.size(value) in (1, N)):
-            yield f"{name} is {value}, which is not a positive number, or {N} of them"
+            refuse(f"{name} is {value}, which is not a positive number, or {N} of them")
     if np.any(CURRENT > (SUPPLY - SAG[1]) / RESISTANCE):
-        yield f"{SUPPLY} V less {SAG} V cannot drive {CURRENT} A through {RESISTANCE} ohm"
+        refuse(f"{SUPPLY} V less {SAG} V cannot drive {CURRENT} A through {RESISTANCE} ohm")
     if np.shape(BOX) != (2, 3) or np.any(np.subtract(*BOX) >= 0):
-        yield f"BOX {BOX} is not a lower and an upper corner"
+        refuse(f"BOX {BOX} is not a lower and an upper corner")
     for here, goal in ((REST, GRASP), (GRASP, REST)):
         way = np.array(stages(here, goal))
         if way.shape[1:] != (N,) or np.any(way[-1] != goal) or np.any((way < LOW) | (way > HIGH)):
-            yield "stages() leaves the limits, or does not end at its goal"
-
-
-def refuse(line):
-    print(f"error: the table of hand.py: {line}", file=sys.stderr)
-    sys.exit(2)
+            refuse("stages() leaves the limits, or does not end at its goal")
 
 
 try:
-    for _line in wrong_with_the_table():
-        refuse(_line)
+    check_the_table()
 except Exception as error:
     refuse(f"it cannot be read ({error})")
 # the motor in the textbook sense of the training simulator: torque from duty from error
@@ -437,7 +436,6 @@ def drive(hand, act, steps, watch=None):
 
 # ------------------------------------------------------------ a real hand: Dynamixel motors
 # Control table, units, shutdown: ROBOTIS e-manual, XL330-M288 and XC330-M288, Protocol 2.0.
-# One definition of angles: motor angle = ZERO + calibrated offset + SIGN * joint angle.
 BAUD = 4_000_000
 SETTINGS = {                   # address, bytes, value; what is below 64 a motor remembers
     "return delay": (9, 1, 0), "drive mode": (10, 1, 0), "operating mode": (11, 1, 5),
@@ -572,7 +570,6 @@ class DynamixelHand(Hand):
     def _open(self):
         """Open the port for this process alone, at BAUD."""
         from dynamixel_sdk import PortHandler
-        self._close_port()
         patience = time.monotonic() + 1.0        # a killed run's guardian holds it for a moment
         while self.port is None:
             try:
@@ -613,14 +610,12 @@ class DynamixelHand(Hand):
         except self.gone as error:
             self._fail("unplugged", f"{self.path} is gone ({error}): plug the adapter in again")
         finally:
-            if self.port is not None:
-                self.port.is_using = False       # the SDK's busy flag stays behind after errors
+            self.port.is_using = False           # the SDK's busy flag stays behind after errors
 
     def _tell(self, address, size, values):
         """Sync write, which no motor answers. values: integers, one or one per motor."""
-        param = []
-        for i, value in zip(MOTOR_ID, np.broadcast_to(values, N)):
-            param += [i, *(int(value) % (1 << 8 * size)).to_bytes(size, "little")]
+        data = np.broadcast_to(values, N).astype(f"<i{size}")[:, None].view(np.uint8)
+        param = np.column_stack([MOTOR_ID, data]).ravel().tolist()
         self._sdk(self.packet.syncWriteTxOnly, address, size, param, len(param))
 
     def _ask(self, address, size):
@@ -628,7 +623,7 @@ class DynamixelHand(Hand):
 
         What is missing is asked for again. Built on the SDK's packets, because its GroupSyncRead
         neither checks an answer's length nor hands on the alert bit."""
-        answers, alert = {}, False
+        answers = {}
         for attempt in range(TRIES):
             missing = [i for i in MOTOR_ID if i not in answers]
             self._sdk(self.packet.syncReadTx, address, size, missing, len(missing), False)
@@ -638,7 +633,8 @@ class DynamixelHand(Hand):
                 raw, result = self._sdk(self.packet.rxPacket, False)
                 if result == 0 and raw[4] in missing and len(raw) == 11 + size:
                     answers[raw[4]] = np.array(raw[9:9 + size], np.uint8)
-                    alert |= bool(raw[8] & 0x80)
+                    if raw[8] & 0x80:
+                        self.next_health = 0.0           # a motor is in error: look at once
                     missing = missing[missing.index(raw[4]) + 1:]        # they answer in order
                 elif result == 0 and raw[4] in answers and [*answers[raw[4]]] != raw[9:9 + size]:
                     answers = {}                 # one of the two is old: trust none
@@ -649,8 +645,6 @@ class DynamixelHand(Hand):
                 late = [self._sdk(lambda port: port.ser.read(1024)) for _ in range(3)]       # 3 ms
                 answers = {} if any(late) else answers
             if len(answers) == N:
-                if alert:
-                    self.next_health = 0.0       # a motor is in error: look at once
                 return np.stack([answers[i] for i in MOTOR_ID])
         self._let_go()                           # at once; then see who it is
         self._blame([j for j in range(N) if MOTOR_ID[j] not in answers])
@@ -710,8 +704,7 @@ class DynamixelHand(Hand):
             guardian.stdout.close()
         if self.port is not None:
             with contextlib.suppress(*self.gone):
-                for _ in range(3):
-                    self.port.ser.write(TORQUE_OFF)
+                self.port.ser.write(3 * TORQUE_OFF)
 
     def rest(self):
         self._let_go()
@@ -724,9 +717,9 @@ class DynamixelHand(Hand):
     def reconnect(self, patience=600):
         """After a BusError: find the adapter, reboot motors in error, wait until they are cool.
         Problem when `patience` (s) ends."""
-        self._let_go()
         until = time.monotonic() + patience
         while True:
+            self.close()
             try:
                 self.bring_up()
                 return self._note("ready", "connected again")
