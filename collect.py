@@ -160,7 +160,8 @@ def trajectory(hand, job, index, sequence):
             file.write("\n".join(jams) + "\n")
         return Outcome(index, jams)
     if replay.film:
-        sim.film(hand.model(), replay.film[:200], job.folder / "film.gif", job.facts["wrist"])
+        wrist = sim.wrist_of(job.facts["wrist"])
+        sim.film(hand.model(), replay.film[:200], job.folder / "film.gif", wrist)
     sim.save_npz(path.with_suffix(".npz"), **data, **job.facts, index=index,
                  sequence=index % SEQUENCES, sigma=sigma)
     lag = np.abs(data["target"] - data["q"]).mean()

@@ -140,7 +140,7 @@ def measured_episode(job):
     data = H.drive(hand, pushed, sim.EPISODE, watch)
     save_episode(args, data, trial.wrist, trial.obj.name, index)
     if picture:
-        sim.film(hand.model(), film, picture, trial.wrist)
+        sim.film(hand.model(), film, picture, sim.wrist_of(trial.wrist))
     return referee.result()
 
 

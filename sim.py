@@ -1372,10 +1372,10 @@ def open_hand(port="auto", **virtual):
 
 
 # --------------------------------------------------------------------- films, files, progress
-def film(model, qpos, path, wrist="palm_up"):
-    """Write a GIF of the configurations `qpos`, a list of (nq,). Without a renderer one line says
-    so and nothing fails."""
-    save_gif(frames(model, qpos, [wrist_of(wrist)] * len(qpos)), path)
+def film(model, qpos, path, wrist=(1, 0, 0, 0)):
+    """Write a GIF of the configurations `qpos`, a list of (nq,), at a wrist (4,). Without a
+    renderer one line says so and nothing fails."""
+    save_gif(frames(model, qpos, [wrist] * len(qpos)), path)
 
 
 def frames(model, qpos, wrists, axes=None, every=2, size=(320, 320)):

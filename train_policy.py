@@ -863,7 +863,7 @@ def evaluate(policy, args, episodes=256):
               f"rad/s, {episodes} episodes, {env.blowups} lost to NaN")
         best = int(np.argmax(np.where(r["TTF"] >= 20, r["RotR"], -np.inf)))
         sim.film(env.models[best], [frame[best] for frame in frames],
-                 args.out / f"policy-{wrist}.gif", wrist)
+                 args.out / f"policy-{wrist}.gif", env.wrist[best])
     return results
 
 

@@ -270,3 +270,9 @@ def test_a_run_for_something_else_is_not_gone_on_with(tmp_path):
                     dict(randomize=sim.PAPER)):
         with pytest.raises(H.Problem, match="choose another --out"):
             T.train_oracle("cube", arguments(tmp_path, steps=1e3, **changes), path)
+
+
+def test_what_was_trained_at_any_wrist_and_axis_is_evaluated_and_filmed(tmp_path):
+    args = arguments(tmp_path, wrist=[sim.ANY], axis=[sim.ANY])
+    result = T.evaluate(T.Generalist(), args, episodes=4)
+    assert set(result) == {sim.ANY} and (tmp_path / "policy-any.gif").exists()
