@@ -3,7 +3,7 @@
     python train_policy.py                        # cylinders and cuboids, +-z, palm up and down
     python train_policy.py --family cube --wrist palm_up --axis z+ --steps 4e6 --out runs/cube
     python train_policy.py --everything --start checkpoints/oracle-cylinder.pt --out runs/all
-                                                  # every family, axis and wrist: days
+                                                  # every family, axis and wrist: 7 h
     torchrun --nproc-per-node 2 train_policy.py   # with a process, and part of the hands, per core
 
 reads   nothing (grasps are sampled on first use and cached)
@@ -64,7 +64,7 @@ ENOUGH = 192, 12         # episodes of all cells, and at least of one, before it
 GO_ON = 0.5              # share of held episodes after which the next begins in mid-gait
 
 # The generalist
-ROUNDS = 12              # of one episode in every environment
+ROUNDS = 6, 12           # per oracle: the lesson, everything; of one episode in every environment
 CLONING = 2              # rounds per oracle in which the oracle drives
 GRADIENT_STEPS = 800     # after each round
 CLONING_BATCH = 1024
@@ -881,7 +881,8 @@ def arguments():
     parser.add_argument("--steps", type=float, nargs="+",
                         help="control steps of the oracles, a number for each or one for all")
     parser.add_argument("--start", type=Path, help="the first begins with this oracle's weights")
-    parser.add_argument("--rounds", type=int, default=ROUNDS, help="of cloning")
+    parser.add_argument("--rounds", type=int, help="of cloning (default: {} for each oracle; "
+                        "--everything: {})".format(*ROUNDS))
     parser.add_argument("--minutes", type=float, help="stop earlier, after so long in all")
     parser.add_argument("--envs", type=int, default=ENVS)
     parser.add_argument("--randomize", nargs="*", default=sim.EVERYTHING, choices=sim.EVERYTHING,
@@ -897,6 +898,8 @@ def arguments():
     for name, *usual in zip(("family", "wrist", "axis"), lesson, everything):
         setattr(args, name, getattr(args, name) or usual[args.everything])
     args.steps *= len(args.family) if len(args.steps) == 1 else 1
+    if args.rounds is None:
+        args.rounds = ROUNDS[args.everything] * len(args.family)
     if len(args.steps) != len(args.family):
         raise H.Problem(f"--steps: one number, or one for each of {', '.join(args.family)}")
     for family in args.family:
