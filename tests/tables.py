@@ -177,7 +177,6 @@ def steered(job):
         return controller(q)
 
     def watch(hand):
-        referee.axis[:] = steering.axis
         held = deploy.still_held(hand, referee)
         if steering.steps == BEFORE:
             before.append(float(referee.RotR[0]))
