@@ -955,12 +955,14 @@ class Referee:
 def run_episodes(env, act, record=None, title=None, trials=None, restarted=None):
     """Let `act(env) -> targets (n, N)` drive every environment of `env` for one 20 s episode, of
     `trials` if given. Returns the dict of `Referee`. `record(env)` is called after every step, and
-    `restarted(env, ids)` after the environments `ids`, whose objects fell, have been reset."""
+    `restarted(ids)` when episodes begin in the environments `ids`: all, then those that fell."""
     if trials:
         env.begin(trials)
     else:
         env.pushes = None
         env.reset(np.arange(env.n))
+    if restarted:
+        restarted(np.arange(env.n))
     referee = Referee(env.axis, env.pos, env.quat)
     bar = Progress(title, EPISODE) if title else None
     for t in range(EPISODE):
@@ -971,7 +973,7 @@ def run_episodes(env, act, record=None, title=None, trials=None, restarted=None)
         ids = np.flatnonzero(env.fallen)
         env.reset(ids)
         if restarted:
-            restarted(env, ids)
+            restarted(ids)
         if bar:
             turned = referee.RotR.mean() / CONTROL_HZ
             bar(t + 1, f"{turned:.2f} rad, {100 * alive.mean():.0f} % held")
