@@ -123,8 +123,7 @@ def axis_name(text):
 
 def gravity(wrist):
     """Direction of gravity in the frame of the hand, unit vectors (n, 3), for wrists (n, 4)."""
-    wrist = np.atleast_2d(np.asarray(wrist, float))
-    return rotate(conjugate(wrist), np.broadcast_to([0.0, 0.0, -1.0], (len(wrist), 3)))
+    return rotate(conjugate(np.atleast_2d(wrist)), np.array([0.0, 0.0, -1.0]))
 
 
 # ---------------------------------------------------------------- quaternions, batched (n, 4)
@@ -165,12 +164,6 @@ def from_axis_angle(axis, angle):
 def rotation_between(before, after):
     """Axis times angle (n, 3) rad of the turn that takes orientation `before` to `after` (n, 4)."""
     return rotation_vector(multiply(after, conjugate(before)))
-
-
-def angular_velocity(before, after):
-    """Mean angular velocity (n, 3) rad/s that takes orientation `before` to `after` (n, 4) in one
-    control step."""
-    return rotation_between(before, after) * CONTROL_HZ
 
 
 # ---------------------------------------------------------------------------------- objects
@@ -338,12 +331,11 @@ def _add_balls(spec, balls):
     low, high = np.array(balls.low), np.array(balls.high)
     for axis in range(3):
         for sign, edge in ((1.0, low), (-1.0, high)):
-            wall = spec.worldbody.add_geom(
+            spec.worldbody.add_geom(
                 type=mujoco.mjtGeom.mjGEOM_PLANE, size=(0.3, 0.3, 0.01), contype=0,
                 conaffinity=BALL, condim=1, rgba=(0.6, 0.7, 0.8, 0.1),
-                pos=np.where(np.arange(3) == axis, edge, (low + high) / 2))
-            wall.alt.type = mujoco.mjtOrientation.mjORIENTATION_ZAXIS
-            wall.alt.zaxis = sign * np.eye(3)[axis]
+                pos=np.where(np.arange(3) == axis, edge, (low + high) / 2),
+                zaxis=sign * np.eye(3)[axis])
     rng = np.random.default_rng(balls.seed)
     for i in range(balls.count):
         radius = rng.uniform(*balls.radius)
@@ -586,6 +578,9 @@ def observation(history, wrist, axis):
 
 
 # ------------------------------------------------------------------------- stepping in batches
+# A state is time, qpos (joints; position and quaternion of the object), qvel (joints, object).
+Q, POS, QUAT = slice(1, 1 + H.N), slice(1 + H.N, 4 + H.N), slice(4 + H.N, 8 + H.N)
+QPOS, DQ, VEL = slice(1, 8 + H.N), slice(8 + H.N, 8 + 2 * H.N), slice(8 + 2 * H.N, None)
 # What a designer cannot know. The first three are the paper's.
 PAPER = ("mass", "friction", "push")
 EVERYTHING = (*PAPER, "shape", "size", "centre", "wrist", "contact", "motor", "delay")
@@ -706,14 +701,6 @@ class Rotation:
         self._control = np.zeros((n, self.substeps, H.N))
         self._states = np.zeros((n, self.substeps, size))
         self._sensors = np.zeros((n, self.substeps, m.nsensordata))
-        # a state is time, qpos (joints, object position, quaternion), qvel (joints, object)
-        joints, place, turn = 1 + H.N, 4 + H.N, 8 + H.N
-        self._q = slice(1, joints)
-        self._pos, self._quat = slice(joints, place), slice(place, turn)
-        self._qpos, self._qvel = slice(1, turn), slice(turn, size)
-        self._dq, self._vel = slice(turn, turn + H.N), slice(turn + H.N, size)
-        self._push = slice(turn + H.N, turn + H.N + 3)
-
         self.target, self.measured = np.zeros((n, H.N)), np.zeros((n, H.N))
         self.stiffness = np.tile(m.actuator_gainprm[:, 0], (n, 1))       # N m / rad
         self.dry = np.tile(m.dof_frictionloss[:H.N], (n, 1))             # N m
@@ -730,11 +717,11 @@ class Rotation:
         self.history = begin_history(self.measured, self.target)
         self.reset(np.arange(n))
 
-    q = property(lambda self: self.state[:, self._q])
-    dq = property(lambda self: self.state[:, self._dq])
-    pos = property(lambda self: self.state[:, self._pos])
-    quat = property(lambda self: self.state[:, self._quat])
-    vel = property(lambda self: self.state[:, self._vel])
+    q = property(lambda self: self.state[:, Q])
+    dq = property(lambda self: self.state[:, DQ])
+    pos = property(lambda self: self.state[:, POS])
+    quat = property(lambda self: self.state[:, QUAT])
+    vel = property(lambda self: self.state[:, VEL])
 
     def _compile(self, physics):
         """A model for each environment."""
@@ -801,7 +788,7 @@ class Rotation:
         self._hang(i, wrist, axis)
         self.mass[i], self.friction[i] = mass, friction
         self.state[i] = 0
-        self.state[i, self._qpos], self.target[i] = grasp[:H.N + 7], grasp[H.N + 7:]
+        self.state[i, QPOS], self.target[i] = grasp[:H.N + 7], grasp[H.N + 7:]
 
         centre = self._ipos[i % len(self._ipos)]
         if "centre" in self.randomize:
@@ -825,7 +812,7 @@ class Rotation:
             late = np.rint(rng.uniform(*DELAY, 2) * CONTROL_HZ * self.substeps).astype(int)
             self.command_delay[i], self.reading_delay[i] = late
         scratch = self.datas[0]
-        scratch.qpos[:] = self.state[i, self._qpos]
+        scratch.qpos[:] = self.state[i, QPOS]
         mujoco.mj_kinematics(model, scratch)
         self.tips[i] = scratch.site_xpos
 
@@ -845,9 +832,9 @@ class Rotation:
             self._control[late] = np.repeat(previous - self.zero, self.command_delay, 0)
         if self.pushes is not None:
             now = np.minimum(self.steps, EPISODE - 1)
-            self.state[:, self._push] += self.pushes[np.arange(self.n), now]
+            self.vel[:, :3] += self.pushes[np.arange(self.n), now]
         elif "push" in self.randomize:
-            self.state[:, self._push] += random_pushes(self.rng, self.n)
+            self.vel[:, :3] += random_pushes(self.rng, self.n)
         if "motor" in self.randomize:
             self._set_friction()
         before, tips = self.quat.copy(), self.tips
@@ -857,21 +844,21 @@ class Rotation:
             state=self._states, sensordata=self._sensors)
         expected = self.state[:, 0] + 1 / CONTROL_HZ
         self.state[:] = self._states[:, -1]
-        fastest = np.abs(self.state[:, self._qvel]).max(1)
+        fastest = np.abs(self.state[:, DQ.start:]).max(1)
         blown = ~(np.isfinite(self.state).all(1) & (np.abs(self.state[:, 0] - expected) < 1e-6)
                   & (fastest < IMPOSSIBLE))
         if blown.any():
             self.blowups += int(blown.sum())
             self.state[blown] = 0
-            self.state[blown, self._quat.start] = 1
+            self.quat[blown, 0] = 1
 
         self.tips, self.contact = fingertip_sensors(self._sensors[:, -1])
         self.tip_vel = (self.tips - tips) * CONTROL_HZ
-        self.omega = angular_velocity(before, self.quat)
+        self.omega = rotation_between(before, self.quat) * CONTROL_HZ
         self.omega[blown] = 0
         self.steps += 1
         self.fallen = blown | has_fallen(self.pos, self.home)
-        seen = self._states[np.arange(self.n), self.substeps - 1 - self.reading_delay, self._q]
+        seen = self._states[np.arange(self.n), self.substeps - 1 - self.reading_delay, Q]
         self.measured = np.where(blown[:, None], self.q, seen) + self.zero
         if self.noise:
             self.measured += self.rng.uniform(-self.noise, self.noise, (self.n, H.N))
@@ -940,7 +927,7 @@ class Referee:
     def __call__(self, pos, quat, lost=False):
         """One control step later; returns which episodes still hold their object (n,)."""
         self.alive &= ~(lost | has_fallen(pos, self.home))
-        omega = angular_velocity(self.quat, quat)
+        omega = rotation_between(self.quat, quat) * CONTROL_HZ           # rad/s, (n, 3)
         self.RotR += self.alive * (omega * self.axis).sum(1)
         self.RotP += self.alive * np.linalg.norm(np.cross(omega, self.axis), axis=1)
         self.held += self.alive
@@ -1030,8 +1017,6 @@ def _sample_grasps(model, name, test, progress):
     held.opt.gravity[:], held.dof_damping[-6:] = 0, (30, 30, 30, 0.05, 0.05, 0.05)
     ramp = np.linspace(0, 1, round(test["closing"] / model.opt.timestep))[:, None]
     opening, bar = _opening(), Progress(f"grasps {name}", test["count"]) if progress else None
-    joints, position = slice(1, 1 + H.N), slice(1 + H.N, 4 + H.N)
-    quaternion, qpos = slice(4 + H.N, 8 + H.N), slice(1, 8 + H.N)
     with rollout.Rollout(nthread=len(datas)) as pool:
         while len(found) < test["count"]:
             if tried > 20 * test["count"] + 1000 and len(found) < tried / 100:
@@ -1039,24 +1024,22 @@ def _sample_grasps(model, name, test, progress):
                                 "does not fit the hand's canonical grasp")
             tried += batch
             pose = H.GRASP + rng.uniform(-test["near"], test["near"], (batch, H.N))
-            start = np.clip(pose + test["open"] * opening, H.LOW, H.HIGH)
-            end = np.clip(pose - test["close"] * opening, NEAR, FAR)
             state = np.zeros((batch, 1 + model.nq + model.nv))
-            state[:, joints] = start
-            state[:, position] = CENTRE + rng.uniform(-test["shift"], test["shift"], (batch, 3))
+            state[:, POS] = CENTRE + rng.uniform(-test["shift"], test["shift"], (batch, 3))
             turn = rng.uniform(-np.pi, np.pi, batch)
-            state[:, quaternion] = from_axis_angle([[0, 0, 1]] * batch, turn)
+            state[:, QUAT] = from_axis_angle([[0, 0, 1]] * batch, turn)
+            close = test["close"]
             if "tumbled" in test:
-                close = rng.uniform(test["close"], test["closest"], (batch, 1))
-                end = np.clip(pose - close * opening, NEAR, FAR)
+                close = rng.uniform(close, test["closest"], (batch, 1))
                 tumbled, turn = rng.random(batch) < test["tumbled"], rng.normal(size=(batch, 4))
                 turn /= np.linalg.norm(turn, axis=1, keepdims=True)
-                state[tumbled, quaternion] = turn[tumbled]
+                state[tumbled, QUAT] = turn[tumbled]
+            start = state[:, Q] = np.clip(pose + test["open"] * opening, H.LOW, H.HIGH)
+            end = np.clip(pose - close * opening, NEAR, FAR)
             closing = start[:, None] + ramp * (end - start)[:, None]
             closed = pool.rollout(held, datas, state, closing, nstep=len(ramp))[0][:, -1]
-            state[:, qpos] = closed[:, qpos]
-            target = state[:, joints] + np.clip(
-                end - state[:, joints], -test["squeeze"], test["squeeze"])
+            state[:, QPOS], q = closed[:, QPOS], closed[:, Q]
+            target = q + np.clip(end - q, -test["squeeze"], test["squeeze"])
             good = _that_hold(model, datas, pool, state, target, test)
             found += list(good)
             if bar:
@@ -1067,24 +1050,22 @@ def _sample_grasps(model, name, test, progress):
 def _that_hold(model, datas, pool, state, target, test):
     """Of states and joint targets those, as grasps, in which three fingertips or more bear on the
     object, and it stays where it is under gravity one way and the other."""
-    position = slice(1 + H.N, 4 + H.N)
-    begin = state[:, position].copy()
+    begin = state[:, POS].copy()
     for wrist, seconds in test["stages"]:
         model.opt.gravity = 9.81 * gravity(WRISTS[wrist])[0]
         states, sensors = pool.rollout(
             model, datas, state, target[:, None], nstep=round(seconds / model.opt.timestep))
         state = states[:, -1].copy()
         touching = (fingertip_sensors(sensors[:, -1])[1][:, :, 0] > 0).sum(1)
-        drift = np.linalg.norm(state[:, position] - begin, axis=1)
+        drift = np.linalg.norm(state[:, POS] - begin, axis=1)
         good = (np.isfinite(state).all(1) & (drift < test["drift"])
                 & (touching >= test["fingertips"]))
         state, begin, target = state[good], begin[good], target[good]
         if not len(state):
             return []
-    velocity = state[:, 1 + model.nq:]
-    still = ((np.abs(velocity).max(1, initial=0) < 1.0)
-             & (np.linalg.norm(velocity[:, H.N:H.N + 3], axis=1) < 0.01))
-    return np.concatenate([state[:, 1:1 + model.nq], target], 1)[still]
+    still = ((np.abs(state[:, DQ.start:]).max(1, initial=0) < 1.0)
+             & (np.linalg.norm(state[:, VEL][:, :3], axis=1) < 0.01))
+    return np.concatenate([state[:, QPOS], target], 1)[still]
 
 
 # -------------------------------------------------------------------------------- a virtual hand
@@ -1241,8 +1222,12 @@ class VirtualHand(H.Hand):
 
     # ---- one control step
     def _write(self, target):
+        command_late, reading_late = (
+            round(delay / self._model.opt.timestep)
+            for delay in (self._command_delay, self._read_delay))
         for step in range(self.SUBSTEPS):
-            self._receive(target, step)
+            if step == command_late:
+                self._goal = target
             if "motor" in self.differs:
                 self._drive_motors()
                 self._set_friction()
@@ -1251,12 +1236,8 @@ class VirtualHand(H.Hand):
             mujoco.mj_step(self._model, self._data)
             if "motor" in self.differs:
                 self._feel_load()
-            self._measure_late(step)
-
-    def _receive(self, target, step):
-        """Commands are late."""
-        if step == round(self._command_delay / self._model.opt.timestep):
-            self._goal = target
+            if step + 1 == self.SUBSTEPS - reading_late:
+                self._reading = self._measure()
 
     def _drive_motors(self):
         """Torque from the error in encoder counts."""
@@ -1281,11 +1262,6 @@ class VirtualHand(H.Hand):
         friction, rows = np.zeros(self._model.nv), slice(d.ne, d.ne + d.nf)
         friction[d.efc_id[rows]] = d.efc_force[rows]
         self._external = (d.qfrc_constraint - friction - d.qfrc_bias)[self._vadr]
-
-    def _measure_late(self, step):
-        """Readings are of a moment ago."""
-        if step + 1 == self.SUBSTEPS - round(self._read_delay / self._model.opt.timestep):
-            self._reading = self._measure()
 
     def _encoder(self):
         q = self._data.qpos[self._qadr] + self._zero
@@ -1380,13 +1356,13 @@ def film(model, qpos, path, wrist="palm_up"):
     save_gif(frames(model, qpos, [wrist_of(wrist)] * len(qpos)), path)
 
 
-def frames(model, qpos, wrists, axes=None, every=2, size=(320, 320)):
+def frames(model, qpos, wrists, axes=None):
     """Pictures of the configurations `qpos`, a list of (nq,), at half the control rate; none, and a
     line that says so, without a renderer. The hand turns with `wrists`, a list of (4,), and the
     camera looks into its palm, from above or below. `axes`, a list of (3,), are drawn as arrows."""
     from PIL import Image
     try:
-        renderer = mujoco.Renderer(model, *size)
+        renderer = mujoco.Renderer(model, 320, 320)
     except Exception as error:
         print(f"no film: MuJoCo cannot render here ({str(error)[:80]}); on Linux install libegl1",
               file=sys.stderr)
@@ -1394,7 +1370,7 @@ def frames(model, qpos, wrists, axes=None, every=2, size=(320, 320)):
     camera = mujoco.MjvCamera()
     look(camera)
     data, scene, images = mujoco.MjData(model), renderer.scene, []
-    for i in range(0, len(qpos), every):
+    for i in range(0, len(qpos), 2):
         data.qpos[:] = qpos[i]
         mujoco.mj_kinematics(model, data)
         mujoco.mj_camlight(model, data)
@@ -1437,11 +1413,12 @@ def add_stripes(scene, model, data):
                             data.geom_xmat[g], np.array((0.25, 0.1, 0, 1), np.float32))
 
 
-def save_gif(images, path, every=2):
+def save_gif(images, path):
+    """A film of pictures at half the control rate, see `frames`; without any there is none."""
     if images:
         with H.atomic_file(path) as file:
             images[0].save(file, "GIF", save_all=True, append_images=images[1:],
-                           duration=1000 * every // CONTROL_HZ, loop=0)
+                           duration=2000 // CONTROL_HZ, loop=0)
 
 
 def open_window(hand, viewer=None):
