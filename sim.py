@@ -696,11 +696,7 @@ class Rotation:
         self.datas = [mujoco.MjData(largest) for _ in range(self.threads)]
         self.pool = rollout.Rollout(nthread=self.threads)
 
-        size = mujoco.mj_stateSize(m, mujoco.mjtState.mjSTATE_FULLPHYSICS)
-        self.state = np.zeros((n, size))
-        self._control = np.zeros((n, self.substeps, H.N))
-        self._states = np.zeros((n, self.substeps, size))
-        self._sensors = np.zeros((n, self.substeps, m.nsensordata))
+        self.state = np.zeros((n, 1 + m.nq + m.nv))
         self.target, self.measured = np.zeros((n, H.N)), np.zeros((n, H.N))
         self.stiffness = np.tile(m.actuator_gainprm[:, 0], (n, 1))       # N m / rad
         self.dry = np.tile(m.dof_frictionloss[:H.N], (n, 1))             # N m
@@ -825,11 +821,9 @@ class Rotation:
 
     def step(self, target):
         """Advance one control step (50 ms) with joint targets (n, N) rad, see `next_target`."""
-        previous, self.target = self.target, target
-        self._control[:] = (self.target - self.zero)[:, None]
-        if self.command_delay.any():
-            late = np.arange(self.substeps) < self.command_delay[:, None]
-            self._control[late] = np.repeat(previous - self.zero, self.command_delay, 0)
+        late = np.arange(self.substeps) < self.command_delay[:, None]          # (n, substeps)
+        sent = np.where(late[:, :, None], self.target[:, None], target[:, None])
+        self.target = target
         if self.pushes is not None:
             now = np.minimum(self.steps, EPISODE - 1)
             self.vel[:, :3] += self.pushes[np.arange(self.n), now]
@@ -839,11 +833,10 @@ class Rotation:
             self._set_friction()
         before, tips = self.quat.copy(), self.tips
 
-        self.pool.rollout(
-            self.models, self.datas, self.state, nstep=self.substeps, control=self._control,
-            state=self._states, sensordata=self._sensors)
+        states, sensors = self.pool.rollout(
+            self.models, self.datas, self.state, sent - self.zero[:, None], nstep=self.substeps)
         expected = self.state[:, 0] + 1 / CONTROL_HZ
-        self.state[:] = self._states[:, -1]
+        self.state[:] = states[:, -1]
         fastest = np.abs(self.state[:, DQ.start:]).max(1)
         blown = ~(np.isfinite(self.state).all(1) & (np.abs(self.state[:, 0] - expected) < 1e-6)
                   & (fastest < IMPOSSIBLE))
@@ -852,13 +845,13 @@ class Rotation:
             self.state[blown] = 0
             self.quat[blown, 0] = 1
 
-        self.tips, self.contact = fingertip_sensors(self._sensors[:, -1])
+        self.tips, self.contact = fingertip_sensors(sensors[:, -1])
         self.tip_vel = (self.tips - tips) * CONTROL_HZ
         self.omega = rotation_between(before, self.quat) * CONTROL_HZ
         self.omega[blown] = 0
         self.steps += 1
         self.fallen = blown | has_fallen(self.pos, self.home)
-        seen = self._states[np.arange(self.n), self.substeps - 1 - self.reading_delay, Q]
+        seen = states[np.arange(self.n), self.substeps - 1 - self.reading_delay, Q]
         self.measured = np.where(blown[:, None], self.q, seen) + self.zero
         if self.noise:
             self.measured += self.rng.uniform(-self.noise, self.noise, (self.n, H.N))
@@ -877,7 +870,7 @@ class Rotation:
     def snapshot(self):
         """Everything that `restore` needs to go on exactly from here, as tensors and text."""
         arrays = {name: torch.as_tensor(value).clone() for name, value in vars(self).items()
-                  if isinstance(value, (np.ndarray, torch.Tensor)) and name[0] != "_"}
+                  if isinstance(value, (np.ndarray, torch.Tensor))}
         models = {field: torch.as_tensor(np.stack([getattr(m, field) for m in self.models]))
                   for field in self.CHANGED}
         models["gravity"] = torch.as_tensor(np.stack([m.opt.gravity for m in self.models]))
@@ -905,7 +898,7 @@ def fingertip_sensors(sensors):
     """Sensor rows (n, 7 tips) of a model with an object -> tips (n, tips, 3) m, contact
     (n, tips, 4: found, net force xyz N)."""
     t = len(H.TIPS)
-    return sensors[:, :3 * t].reshape(-1, t, 3).copy(), sensors[:, 3 * t:].reshape(-1, t, 4)
+    return sensors[:, :3 * t].reshape(-1, t, 3), sensors[:, 3 * t:].reshape(-1, t, 4)
 
 
 def has_fallen(pos, home):
@@ -1084,12 +1077,8 @@ class VirtualHand(H.Hand):
         object    +-3 % in size, its centre of mass up to 3 mm off on every axis
         wrist     held up to 5 degrees wrong
         box       another Chaos Box
-    Motor and friction are model M4 of "Better Actuator Models" (arXiv 2410.08650), from `error` in
-    rad to torque in N m:
-        duty = clip(gain * DUTY_PER_RAD * error, -1, 1)
-        current = clip((duty * V - kt * w) / R, -limit, limit)
-        |friction| <= base + load |tau_ext - tau|
-                      + exp(-|w / w_s|^0.76) (stribeck + load_s |tau_ext - tau|) + viscous |w|
+    Motor and friction are model M4 of "Better Actuator Models" (arXiv 2410.08650); its viscous
+    friction is the joints' damping.
     load: "none", "balls" (the Chaos Box) or an `Object` to hold. Time is simulated: every `command`
     lets 50 ms pass.
     """
@@ -1152,7 +1141,7 @@ class VirtualHand(H.Hand):
             self._command_delay = self._read_delay = 0.0
 
     # ---- placing
-    def place(self, q, target=None, object_qpos=None, mass=0.03, friction=1.0, stir=None, out=0):
+    def place(self, q, target=None, object_qpos=None, mass=0.03, friction=1.0, stir=0, out=0):
         """Start over with joints at q (N,) rad and the object, if any, in the fingers (position m,
         quaternion): somebody holds it until they have closed on it. `stir` is a seed that throws
         the balls of the Chaos Box about; somebody has taken `out` of them out."""
@@ -1161,7 +1150,7 @@ class VirtualHand(H.Hand):
             self._set_contacts(mass, friction)
         mujoco.mj_resetData(m, d)
         if self.load == "balls":
-            d.qpos[:] = stirred(m, np.random.default_rng([self.seed, stir or 0]))
+            d.qpos[:] = stirred(m, np.random.default_rng([self.seed, stir]))
             taken = np.arange(len(self._balls)) >= len(self._balls) - out
             m.geom_contype[self._balls] = np.where(taken, 0, BALL)
             m.geom_conaffinity[self._balls] = np.where(taken, 0, MEETS_BALLS)
@@ -1240,7 +1229,7 @@ class VirtualHand(H.Hand):
                 self._reading = self._measure()
 
     def _drive_motors(self):
-        """Torque from the error in encoder counts."""
+        """Torque (N m) from the error (rad), by way of duty and current (A)."""
         w = self._data.qvel[self._vadr]
         duty = np.clip(self._gain * H.DUTY_PER_RAD * (self._goal - self._encoder()), -1, 1)
         current = (duty * self._volt - self._kt * w) / self._R
@@ -1248,7 +1237,7 @@ class VirtualHand(H.Hand):
         self._data.qfrc_applied[self._vadr] = self._tau
 
     def _set_friction(self):
-        """The most that gears rub at this speed under this load."""
+        """The most that gears rub (N m) at this speed under this load."""
         speed = np.abs(self._data.qvel[self._vadr]) / H.STRIBECK_SPEED
         strain = np.abs(self._external - self._tau)
         self._model.dof_frictionloss[self._vadr] = (
@@ -1269,11 +1258,9 @@ class VirtualHand(H.Hand):
 
     def _measure(self):
         d = self._data
-        dq, current = d.qvel[self._vadr], self._tau / self._kt
-        if "motor" not in self.differs:
-            current = d.qfrc_actuator[self._vadr] / self._kt
-        return H.Reading(self._encoder(), np.round(dq / H.RPM) * H.RPM, np.round(current, 3),
-                         float(d.time))
+        dq = np.round(d.qvel[self._vadr] / H.RPM) * H.RPM
+        torque = self._tau if "motor" in self.differs else d.qfrc_actuator[self._vadr]
+        return H.Reading(self._encoder(), dq, np.round(torque / self._kt, 3), float(d.time))
 
     def read(self):
         return self._reading
