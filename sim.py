@@ -626,8 +626,7 @@ def _varied_links(rng):
             shapes[-1] = ("ellipsoid", *boxes[-1])
         elif is_tip:
             _, start, end, radius = shapes[-1]
-            along = np.subtract(end, start) / np.linalg.norm(np.subtract(end, start))
-            end = tuple(end + along * rng.uniform(-TIP, TIP))
+            end = tuple(end + unit(np.subtract(end, start)) * rng.uniform(-TIP, TIP))
             shapes[-1] = ("capsule", start, end, radius + rng.uniform(-TIP, TIP))
         links.append(link._replace(shapes=tuple(shapes), boxes=boxes))
     return tuple(links)
@@ -880,11 +879,11 @@ class Rotation:
     def restore(self, saved):
         """Go on from a `snapshot` of an environment that was made with the same arguments."""
         for name, value in saved["arrays"].items():
-            getattr(self, name)[:] = value if name == "history" else value.numpy()
+            getattr(self, name)[:] = value
         for i, model in enumerate(self.models):
             for field in self.CHANGED:
-                getattr(model, field)[:] = saved["models"][field][i].numpy()
-            model.opt.gravity = saved["models"]["gravity"][i].numpy()
+                getattr(model, field)[:] = saved["models"][field][i]
+            model.opt.gravity = saved["models"]["gravity"][i]
             mujoco.mj_setConst(model, self.datas[0])
         self.blowups = saved["blowups"]
         self.rng.bit_generator.state = json.loads(saved["rng"])
@@ -1069,14 +1068,7 @@ class VirtualHand(H.Hand):
     """The same hand as it would be made and mounted, not as the training simulator believes.
 
     A seed draws everything hidden; nothing that trains may read it. `differs` names what is not as
-    in training (all of DIFFERS, or fewer to see what each costs):
-        motor     gears with stiction and play, sagging supply, encoder zeros, delays (below)
-        shape     the published boxes +-1 mm wide, ellipsoid tips +-1 mm, link lengths +-0.5 mm,
-                  joint axes off by up to 1 degree
-        contact   softness, damping, rubber tips and smoother links, torsional friction
-        object    +-3 % in size, its centre of mass up to 3 mm off on every axis
-        wrist     held up to 5 degrees wrong
-        box       another Chaos Box
+    in training (all of DIFFERS, or fewer to see what each costs); README.md has the table.
     Motor and friction are model M4 of "Better Actuator Models" (arXiv 2410.08650); its viscous
     friction is the joints' damping.
     load: "none", "balls" (the Chaos Box) or an `Object` to hold. Time is simulated: every `command`

@@ -840,7 +840,7 @@ def evaluate(policy, args, episodes=256):
         frames = []
         r = sim.run_episodes(
             env, lambda env: act(policy, env),
-            lambda env: frames.append(env.state[:, 1:1 + env.models[0].nq].copy()))
+            lambda env: frames.append(env.state[:, sim.QPOS].copy()))
         results[wrist] = {name: [float(v.mean()), float(v.std(ddof=1))] for name, v in r.items()}
         results[wrist] |= {"episodes": episodes, "blowups": env.blowups}
         turned = r["RotR"] / sim.CONTROL_HZ
