@@ -292,7 +292,11 @@ def arguments():
     return args
 
 
-def jobs_of(args, wrists):
+def jobs_of(args, content):
+    """A job for every wrist asked for, or that the policy (`content`, see `load_policy`) was trained
+    on and somebody can hold: the named ones."""
+    known = [name for name in content["wrists"] if name in sim.WRISTS]
+    wrists = list(dict.fromkeys(args.wrist or known or sim.WRISTS))
     if args.out and len(wrists) > 1:
         raise H.Problem(f"--out is the folder of one wrist, and these are {', '.join(wrists)}: "
                         "choose one with --wrist")
@@ -309,16 +313,10 @@ def jobs_of(args, wrists):
     return jobs
 
 
-def known_wrists(args, content):
-    """Those asked for, or that the policy was trained on and somebody can hold: the named ones."""
-    known = [name for name in content["wrists"] if name in sim.WRISTS]
-    return list(dict.fromkeys(args.wrist or known or sim.WRISTS))
-
-
 def main():
     args = arguments()
     policy, content = load_policy(args.policy)
-    jobs = jobs_of(args, known_wrists(args, content))
+    jobs = jobs_of(args, content)
     lacking = [job for job in jobs if missing(job)]
     for job in jobs:
         if job not in lacking:

@@ -382,10 +382,8 @@ def _replay(balls, a, wrists, rng):
     models = [compiled[tuple(wrist)] for wrist in wrists]
     m = models[0]
     state = np.zeros((len(a), 1 + m.nq + m.nv))
-    joints = slice(1, 1 + H.N)
-    for row in state:
-        row[1:1 + m.nq] = sim.stirred(m, rng)
-    state[:, joints] = a[:, 0]
+    state[:, 1:1 + m.nq] = [sim.stirred(m, rng) for _ in a]
+    state[:, sim.Q] = a[:, 0]
     q = np.zeros_like(a)
     datas = [mujoco.MjData(m) for _ in range(os.cpu_count())]
     with rollout.Rollout(nthread=len(datas)) as pool:
@@ -394,7 +392,7 @@ def _replay(balls, a, wrists, rng):
             if t in (-H.CONTROL_HZ, 0):          # balls settle around fingers that somebody holds
                 for model in compiled.values():
                     model.dof_damping[:H.N] = sim.HELD if t < 0 else 0.0
-            q[:, now] = state[:, joints]
+            q[:, now] = state[:, sim.Q]
             control = np.repeat(a[:, now, None], substeps, 1)
             states, _ = pool.rollout(models, datas, state, nstep=substeps, control=control)
             state = states[:, -1]

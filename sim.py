@@ -123,8 +123,7 @@ def axis_name(text):
 
 def gravity(wrist):
     """Direction of gravity in the frame of the hand, unit vectors (n, 3), for wrists (n, 4)."""
-    wrist = np.atleast_2d(np.asarray(wrist, float))
-    return rotate(conjugate(wrist), np.broadcast_to([0.0, 0.0, -1.0], (len(wrist), 3)))
+    return rotate(conjugate(np.atleast_2d(wrist)), np.array([0.0, 0.0, -1.0]))
 
 
 # ---------------------------------------------------------------- quaternions, batched (n, 4)
@@ -165,12 +164,6 @@ def from_axis_angle(axis, angle):
 def rotation_between(before, after):
     """Axis times angle (n, 3) rad of the turn that takes orientation `before` to `after` (n, 4)."""
     return rotation_vector(multiply(after, conjugate(before)))
-
-
-def angular_velocity(before, after):
-    """Mean angular velocity (n, 3) rad/s that takes orientation `before` to `after` (n, 4) in one
-    control step."""
-    return rotation_between(before, after) * CONTROL_HZ
 
 
 # ---------------------------------------------------------------------------------- objects
@@ -338,12 +331,11 @@ def _add_balls(spec, balls):
     low, high = np.array(balls.low), np.array(balls.high)
     for axis in range(3):
         for sign, edge in ((1.0, low), (-1.0, high)):
-            wall = spec.worldbody.add_geom(
+            spec.worldbody.add_geom(
                 type=mujoco.mjtGeom.mjGEOM_PLANE, size=(0.3, 0.3, 0.01), contype=0,
                 conaffinity=BALL, condim=1, rgba=(0.6, 0.7, 0.8, 0.1),
-                pos=np.where(np.arange(3) == axis, edge, (low + high) / 2))
-            wall.alt.type = mujoco.mjtOrientation.mjORIENTATION_ZAXIS
-            wall.alt.zaxis = sign * np.eye(3)[axis]
+                pos=np.where(np.arange(3) == axis, edge, (low + high) / 2),
+                zaxis=sign * np.eye(3)[axis])
     rng = np.random.default_rng(balls.seed)
     for i in range(balls.count):
         radius = rng.uniform(*balls.radius)
@@ -586,6 +578,9 @@ def observation(history, wrist, axis):
 
 
 # ------------------------------------------------------------------------- stepping in batches
+# A state is time, qpos (joints; position and quaternion of the object), qvel (joints, object).
+Q, POS, QUAT = slice(1, 1 + H.N), slice(1 + H.N, 4 + H.N), slice(4 + H.N, 8 + H.N)
+QPOS, DQ, VEL = slice(1, 8 + H.N), slice(8 + H.N, 8 + 2 * H.N), slice(8 + 2 * H.N, None)
 # What a designer cannot know. The first three are the paper's.
 PAPER = ("mass", "friction", "push")
 EVERYTHING = (*PAPER, "shape", "size", "centre", "wrist", "contact", "motor", "delay")
@@ -631,8 +626,7 @@ def _varied_links(rng):
             shapes[-1] = ("ellipsoid", *boxes[-1])
         elif is_tip:
             _, start, end, radius = shapes[-1]
-            along = np.subtract(end, start) / np.linalg.norm(np.subtract(end, start))
-            end = tuple(end + along * rng.uniform(-TIP, TIP))
+            end = tuple(end + unit(np.subtract(end, start)) * rng.uniform(-TIP, TIP))
             shapes[-1] = ("capsule", start, end, radius + rng.uniform(-TIP, TIP))
         links.append(link._replace(shapes=tuple(shapes), boxes=boxes))
     return tuple(links)
@@ -701,19 +695,7 @@ class Rotation:
         self.datas = [mujoco.MjData(largest) for _ in range(self.threads)]
         self.pool = rollout.Rollout(nthread=self.threads)
 
-        size = mujoco.mj_stateSize(m, mujoco.mjtState.mjSTATE_FULLPHYSICS)
-        self.state = np.zeros((n, size))
-        self._control = np.zeros((n, self.substeps, H.N))
-        self._states = np.zeros((n, self.substeps, size))
-        self._sensors = np.zeros((n, self.substeps, m.nsensordata))
-        # a state is time, qpos (joints, object position, quaternion), qvel (joints, object)
-        joints, place, turn = 1 + H.N, 4 + H.N, 8 + H.N
-        self._q = slice(1, joints)
-        self._pos, self._quat = slice(joints, place), slice(place, turn)
-        self._qpos, self._qvel = slice(1, turn), slice(turn, size)
-        self._dq, self._vel = slice(turn, turn + H.N), slice(turn + H.N, size)
-        self._push = slice(turn + H.N, turn + H.N + 3)
-
+        self.state = np.zeros((n, 1 + m.nq + m.nv))
         self.target, self.measured = np.zeros((n, H.N)), np.zeros((n, H.N))
         self.stiffness = np.tile(m.actuator_gainprm[:, 0], (n, 1))       # N m / rad
         self.dry = np.tile(m.dof_frictionloss[:H.N], (n, 1))             # N m
@@ -730,11 +712,11 @@ class Rotation:
         self.history = begin_history(self.measured, self.target)
         self.reset(np.arange(n))
 
-    q = property(lambda self: self.state[:, self._q])
-    dq = property(lambda self: self.state[:, self._dq])
-    pos = property(lambda self: self.state[:, self._pos])
-    quat = property(lambda self: self.state[:, self._quat])
-    vel = property(lambda self: self.state[:, self._vel])
+    q = property(lambda self: self.state[:, Q])
+    dq = property(lambda self: self.state[:, DQ])
+    pos = property(lambda self: self.state[:, POS])
+    quat = property(lambda self: self.state[:, QUAT])
+    vel = property(lambda self: self.state[:, VEL])
 
     def _compile(self, physics):
         """A model for each environment."""
@@ -801,7 +783,7 @@ class Rotation:
         self._hang(i, wrist, axis)
         self.mass[i], self.friction[i] = mass, friction
         self.state[i] = 0
-        self.state[i, self._qpos], self.target[i] = grasp[:H.N + 7], grasp[H.N + 7:]
+        self.state[i, QPOS], self.target[i] = grasp[:H.N + 7], grasp[H.N + 7:]
 
         centre = self._ipos[i % len(self._ipos)]
         if "centre" in self.randomize:
@@ -825,7 +807,7 @@ class Rotation:
             late = np.rint(rng.uniform(*DELAY, 2) * CONTROL_HZ * self.substeps).astype(int)
             self.command_delay[i], self.reading_delay[i] = late
         scratch = self.datas[0]
-        scratch.qpos[:] = self.state[i, self._qpos]
+        scratch.qpos[:] = self.state[i, QPOS]
         mujoco.mj_kinematics(model, scratch)
         self.tips[i] = scratch.site_xpos
 
@@ -838,40 +820,37 @@ class Rotation:
 
     def step(self, target):
         """Advance one control step (50 ms) with joint targets (n, N) rad, see `next_target`."""
-        previous, self.target = self.target, target
-        self._control[:] = (self.target - self.zero)[:, None]
-        if self.command_delay.any():
-            late = np.arange(self.substeps) < self.command_delay[:, None]
-            self._control[late] = np.repeat(previous - self.zero, self.command_delay, 0)
+        late = np.arange(self.substeps) < self.command_delay[:, None]          # (n, substeps)
+        sent = np.where(late[:, :, None], self.target[:, None], target[:, None])
+        self.target = target
         if self.pushes is not None:
             now = np.minimum(self.steps, EPISODE - 1)
-            self.state[:, self._push] += self.pushes[np.arange(self.n), now]
+            self.vel[:, :3] += self.pushes[np.arange(self.n), now]
         elif "push" in self.randomize:
-            self.state[:, self._push] += random_pushes(self.rng, self.n)
+            self.vel[:, :3] += random_pushes(self.rng, self.n)
         if "motor" in self.randomize:
             self._set_friction()
         before, tips = self.quat.copy(), self.tips
 
-        self.pool.rollout(
-            self.models, self.datas, self.state, nstep=self.substeps, control=self._control,
-            state=self._states, sensordata=self._sensors)
+        states, sensors = self.pool.rollout(
+            self.models, self.datas, self.state, sent - self.zero[:, None], nstep=self.substeps)
         expected = self.state[:, 0] + 1 / CONTROL_HZ
-        self.state[:] = self._states[:, -1]
-        fastest = np.abs(self.state[:, self._qvel]).max(1)
+        self.state[:] = states[:, -1]
+        fastest = np.abs(self.state[:, DQ.start:]).max(1)
         blown = ~(np.isfinite(self.state).all(1) & (np.abs(self.state[:, 0] - expected) < 1e-6)
                   & (fastest < IMPOSSIBLE))
         if blown.any():
             self.blowups += int(blown.sum())
             self.state[blown] = 0
-            self.state[blown, self._quat.start] = 1
+            self.quat[blown, 0] = 1
 
-        self.tips, self.contact = fingertip_sensors(self._sensors[:, -1])
+        self.tips, self.contact = fingertip_sensors(sensors[:, -1])
         self.tip_vel = (self.tips - tips) * CONTROL_HZ
-        self.omega = angular_velocity(before, self.quat)
+        self.omega = rotation_between(before, self.quat) * CONTROL_HZ
         self.omega[blown] = 0
         self.steps += 1
         self.fallen = blown | has_fallen(self.pos, self.home)
-        seen = self._states[np.arange(self.n), self.substeps - 1 - self.reading_delay, self._q]
+        seen = states[np.arange(self.n), self.substeps - 1 - self.reading_delay, Q]
         self.measured = np.where(blown[:, None], self.q, seen) + self.zero
         if self.noise:
             self.measured += self.rng.uniform(-self.noise, self.noise, (self.n, H.N))
@@ -890,7 +869,7 @@ class Rotation:
     def snapshot(self):
         """Everything that `restore` needs to go on exactly from here, as tensors and text."""
         arrays = {name: torch.as_tensor(value).clone() for name, value in vars(self).items()
-                  if isinstance(value, (np.ndarray, torch.Tensor)) and name[0] != "_"}
+                  if isinstance(value, (np.ndarray, torch.Tensor))}
         models = {field: torch.as_tensor(np.stack([getattr(m, field) for m in self.models]))
                   for field in self.CHANGED}
         models["gravity"] = torch.as_tensor(np.stack([m.opt.gravity for m in self.models]))
@@ -900,11 +879,11 @@ class Rotation:
     def restore(self, saved):
         """Go on from a `snapshot` of an environment that was made with the same arguments."""
         for name, value in saved["arrays"].items():
-            getattr(self, name)[:] = value if name == "history" else value.numpy()
+            getattr(self, name)[:] = value
         for i, model in enumerate(self.models):
             for field in self.CHANGED:
-                getattr(model, field)[:] = saved["models"][field][i].numpy()
-            model.opt.gravity = saved["models"]["gravity"][i].numpy()
+                getattr(model, field)[:] = saved["models"][field][i]
+            model.opt.gravity = saved["models"]["gravity"][i]
             mujoco.mj_setConst(model, self.datas[0])
         self.blowups = saved["blowups"]
         self.rng.bit_generator.state = json.loads(saved["rng"])
@@ -918,7 +897,7 @@ def fingertip_sensors(sensors):
     """Sensor rows (n, 7 tips) of a model with an object -> tips (n, tips, 3) m, contact
     (n, tips, 4: found, net force xyz N)."""
     t = len(H.TIPS)
-    return sensors[:, :3 * t].reshape(-1, t, 3).copy(), sensors[:, 3 * t:].reshape(-1, t, 4)
+    return sensors[:, :3 * t].reshape(-1, t, 3), sensors[:, 3 * t:].reshape(-1, t, 4)
 
 
 def has_fallen(pos, home):
@@ -940,7 +919,7 @@ class Referee:
     def __call__(self, pos, quat, lost=False):
         """One control step later; returns which episodes still hold their object (n,)."""
         self.alive &= ~(lost | has_fallen(pos, self.home))
-        omega = angular_velocity(self.quat, quat)
+        omega = rotation_between(self.quat, quat) * CONTROL_HZ           # rad/s, (n, 3)
         self.RotR += self.alive * (omega * self.axis).sum(1)
         self.RotP += self.alive * np.linalg.norm(np.cross(omega, self.axis), axis=1)
         self.held += self.alive
@@ -955,12 +934,14 @@ class Referee:
 def run_episodes(env, act, record=None, title=None, trials=None, restarted=None):
     """Let `act(env) -> targets (n, N)` drive every environment of `env` for one 20 s episode, of
     `trials` if given. Returns the dict of `Referee`. `record(env)` is called after every step, and
-    `restarted(env, ids)` after the environments `ids`, whose objects fell, have been reset."""
+    `restarted(ids)` when episodes begin in the environments `ids`: all, then those that fell."""
     if trials:
         env.begin(trials)
     else:
         env.pushes = None
         env.reset(np.arange(env.n))
+    if restarted:
+        restarted(np.arange(env.n))
     referee = Referee(env.axis, env.pos, env.quat)
     bar = Progress(title, EPISODE) if title else None
     for t in range(EPISODE):
@@ -971,7 +952,7 @@ def run_episodes(env, act, record=None, title=None, trials=None, restarted=None)
         ids = np.flatnonzero(env.fallen)
         env.reset(ids)
         if restarted:
-            restarted(env, ids)
+            restarted(ids)
         if bar:
             turned = referee.RotR.mean() / CONTROL_HZ
             bar(t + 1, f"{turned:.2f} rad, {100 * alive.mean():.0f} % held")
@@ -1028,8 +1009,6 @@ def _sample_grasps(model, name, test, progress):
     held.opt.gravity[:], held.dof_damping[-6:] = 0, (30, 30, 30, 0.05, 0.05, 0.05)
     ramp = np.linspace(0, 1, round(test["closing"] / model.opt.timestep))[:, None]
     opening, bar = _opening(), Progress(f"grasps {name}", test["count"]) if progress else None
-    joints, position = slice(1, 1 + H.N), slice(1 + H.N, 4 + H.N)
-    quaternion, qpos = slice(4 + H.N, 8 + H.N), slice(1, 8 + H.N)
     with rollout.Rollout(nthread=len(datas)) as pool:
         while len(found) < test["count"]:
             if tried > 20 * test["count"] + 1000 and len(found) < tried / 100:
@@ -1037,24 +1016,22 @@ def _sample_grasps(model, name, test, progress):
                                 "does not fit the hand's canonical grasp")
             tried += batch
             pose = H.GRASP + rng.uniform(-test["near"], test["near"], (batch, H.N))
-            start = np.clip(pose + test["open"] * opening, H.LOW, H.HIGH)
-            end = np.clip(pose - test["close"] * opening, NEAR, FAR)
             state = np.zeros((batch, 1 + model.nq + model.nv))
-            state[:, joints] = start
-            state[:, position] = CENTRE + rng.uniform(-test["shift"], test["shift"], (batch, 3))
+            state[:, POS] = CENTRE + rng.uniform(-test["shift"], test["shift"], (batch, 3))
             turn = rng.uniform(-np.pi, np.pi, batch)
-            state[:, quaternion] = from_axis_angle([[0, 0, 1]] * batch, turn)
+            state[:, QUAT] = from_axis_angle([[0, 0, 1]] * batch, turn)
+            close = test["close"]
             if "tumbled" in test:
-                close = rng.uniform(test["close"], test["closest"], (batch, 1))
-                end = np.clip(pose - close * opening, NEAR, FAR)
+                close = rng.uniform(close, test["closest"], (batch, 1))
                 tumbled, turn = rng.random(batch) < test["tumbled"], rng.normal(size=(batch, 4))
                 turn /= np.linalg.norm(turn, axis=1, keepdims=True)
-                state[tumbled, quaternion] = turn[tumbled]
+                state[tumbled, QUAT] = turn[tumbled]
+            start = state[:, Q] = np.clip(pose + test["open"] * opening, H.LOW, H.HIGH)
+            end = np.clip(pose - close * opening, NEAR, FAR)
             closing = start[:, None] + ramp * (end - start)[:, None]
             closed = pool.rollout(held, datas, state, closing, nstep=len(ramp))[0][:, -1]
-            state[:, qpos] = closed[:, qpos]
-            target = state[:, joints] + np.clip(
-                end - state[:, joints], -test["squeeze"], test["squeeze"])
+            state[:, QPOS], q = closed[:, QPOS], closed[:, Q]
+            target = q + np.clip(end - q, -test["squeeze"], test["squeeze"])
             good = _that_hold(model, datas, pool, state, target, test)
             found += list(good)
             if bar:
@@ -1065,24 +1042,22 @@ def _sample_grasps(model, name, test, progress):
 def _that_hold(model, datas, pool, state, target, test):
     """Of states and joint targets those, as grasps, in which three fingertips or more bear on the
     object, and it stays where it is under gravity one way and the other."""
-    position = slice(1 + H.N, 4 + H.N)
-    begin = state[:, position].copy()
+    begin = state[:, POS].copy()
     for wrist, seconds in test["stages"]:
         model.opt.gravity = 9.81 * gravity(WRISTS[wrist])[0]
         states, sensors = pool.rollout(
             model, datas, state, target[:, None], nstep=round(seconds / model.opt.timestep))
         state = states[:, -1].copy()
         touching = (fingertip_sensors(sensors[:, -1])[1][:, :, 0] > 0).sum(1)
-        drift = np.linalg.norm(state[:, position] - begin, axis=1)
+        drift = np.linalg.norm(state[:, POS] - begin, axis=1)
         good = (np.isfinite(state).all(1) & (drift < test["drift"])
                 & (touching >= test["fingertips"]))
         state, begin, target = state[good], begin[good], target[good]
         if not len(state):
             return []
-    velocity = state[:, 1 + model.nq:]
-    still = ((np.abs(velocity).max(1, initial=0) < 1.0)
-             & (np.linalg.norm(velocity[:, H.N:H.N + 3], axis=1) < 0.01))
-    return np.concatenate([state[:, 1:1 + model.nq], target], 1)[still]
+    still = ((np.abs(state[:, DQ.start:]).max(1, initial=0) < 1.0)
+             & (np.linalg.norm(state[:, VEL][:, :3], axis=1) < 0.01))
+    return np.concatenate([state[:, QPOS], target], 1)[still]
 
 
 # -------------------------------------------------------------------------------- a virtual hand
@@ -1093,20 +1068,9 @@ class VirtualHand(H.Hand):
     """The same hand as it would be made and mounted, not as the training simulator believes.
 
     A seed draws everything hidden; nothing that trains may read it. `differs` names what is not as
-    in training (all of DIFFERS, or fewer to see what each costs):
-        motor     gears with stiction and play, sagging supply, encoder zeros, delays (below)
-        shape     the published boxes +-1 mm wide, ellipsoid tips +-1 mm, link lengths +-0.5 mm,
-                  joint axes off by up to 1 degree
-        contact   softness, damping, rubber tips and smoother links, torsional friction
-        object    +-3 % in size, its centre of mass up to 3 mm off on every axis
-        wrist     held up to 5 degrees wrong
-        box       another Chaos Box
-    Motor and friction are model M4 of "Better Actuator Models" (arXiv 2410.08650), from `error` in
-    rad to torque in N m:
-        duty = clip(gain * DUTY_PER_RAD * error, -1, 1)
-        current = clip((duty * V - kt * w) / R, -limit, limit)
-        |friction| <= base + load |tau_ext - tau|
-                      + exp(-|w / w_s|^0.76) (stribeck + load_s |tau_ext - tau|) + viscous |w|
+    in training (all of DIFFERS, or fewer to see what each costs); README.md has the table.
+    Motor and friction are model M4 of "Better Actuator Models" (arXiv 2410.08650); its viscous
+    friction is the joints' damping.
     load: "none", "balls" (the Chaos Box) or an `Object` to hold. Time is simulated: every `command`
     lets 50 ms pass.
     """
@@ -1169,7 +1133,7 @@ class VirtualHand(H.Hand):
             self._command_delay = self._read_delay = 0.0
 
     # ---- placing
-    def place(self, q, target=None, object_qpos=None, mass=0.03, friction=1.0, stir=None, out=0):
+    def place(self, q, target=None, object_qpos=None, mass=0.03, friction=1.0, stir=0, out=0):
         """Start over with joints at q (N,) rad and the object, if any, in the fingers (position m,
         quaternion): somebody holds it until they have closed on it. `stir` is a seed that throws
         the balls of the Chaos Box about; somebody has taken `out` of them out."""
@@ -1178,7 +1142,7 @@ class VirtualHand(H.Hand):
             self._set_contacts(mass, friction)
         mujoco.mj_resetData(m, d)
         if self.load == "balls":
-            d.qpos[:] = stirred(m, np.random.default_rng([self.seed, stir or 0]))
+            d.qpos[:] = stirred(m, np.random.default_rng([self.seed, stir]))
             taken = np.arange(len(self._balls)) >= len(self._balls) - out
             m.geom_contype[self._balls] = np.where(taken, 0, BALL)
             m.geom_conaffinity[self._balls] = np.where(taken, 0, MEETS_BALLS)
@@ -1239,8 +1203,12 @@ class VirtualHand(H.Hand):
 
     # ---- one control step
     def _write(self, target):
+        command_late, reading_late = (
+            round(delay / self._model.opt.timestep)
+            for delay in (self._command_delay, self._read_delay))
         for step in range(self.SUBSTEPS):
-            self._receive(target, step)
+            if step == command_late:
+                self._goal = target
             if "motor" in self.differs:
                 self._drive_motors()
                 self._set_friction()
@@ -1249,15 +1217,11 @@ class VirtualHand(H.Hand):
             mujoco.mj_step(self._model, self._data)
             if "motor" in self.differs:
                 self._feel_load()
-            self._measure_late(step)
-
-    def _receive(self, target, step):
-        """Commands are late."""
-        if step == round(self._command_delay / self._model.opt.timestep):
-            self._goal = target
+            if step + 1 == self.SUBSTEPS - reading_late:
+                self._reading = self._measure()
 
     def _drive_motors(self):
-        """Torque from the error in encoder counts."""
+        """Torque (N m) from the error (rad), by way of duty and current (A)."""
         w = self._data.qvel[self._vadr]
         duty = np.clip(self._gain * H.DUTY_PER_RAD * (self._goal - self._encoder()), -1, 1)
         current = (duty * self._volt - self._kt * w) / self._R
@@ -1265,7 +1229,7 @@ class VirtualHand(H.Hand):
         self._data.qfrc_applied[self._vadr] = self._tau
 
     def _set_friction(self):
-        """The most that gears rub at this speed under this load."""
+        """The most that gears rub (N m) at this speed under this load."""
         speed = np.abs(self._data.qvel[self._vadr]) / H.STRIBECK_SPEED
         strain = np.abs(self._external - self._tau)
         self._model.dof_frictionloss[self._vadr] = (
@@ -1280,22 +1244,15 @@ class VirtualHand(H.Hand):
         friction[d.efc_id[rows]] = d.efc_force[rows]
         self._external = (d.qfrc_constraint - friction - d.qfrc_bias)[self._vadr]
 
-    def _measure_late(self, step):
-        """Readings are of a moment ago."""
-        if step + 1 == self.SUBSTEPS - round(self._read_delay / self._model.opt.timestep):
-            self._reading = self._measure()
-
     def _encoder(self):
         q = self._data.qpos[self._qadr] + self._zero
         return np.round(q / H.COUNT) * H.COUNT if "motor" in self.differs else q
 
     def _measure(self):
         d = self._data
-        dq, current = d.qvel[self._vadr], self._tau / self._kt
-        if "motor" not in self.differs:
-            current = d.qfrc_actuator[self._vadr] / self._kt
-        return H.Reading(self._encoder(), np.round(dq / H.RPM) * H.RPM, np.round(current, 3),
-                         float(d.time))
+        dq = np.round(d.qvel[self._vadr] / H.RPM) * H.RPM
+        torque = self._tau if "motor" in self.differs else d.qfrc_actuator[self._vadr]
+        return H.Reading(self._encoder(), dq, np.round(torque / self._kt, 3), float(d.time))
 
     def read(self):
         return self._reading
@@ -1378,13 +1335,13 @@ def film(model, qpos, path, wrist=(1, 0, 0, 0)):
     save_gif(frames(model, qpos, [wrist] * len(qpos)), path)
 
 
-def frames(model, qpos, wrists, axes=None, every=2, size=(320, 320)):
+def frames(model, qpos, wrists, axes=None):
     """Pictures of the configurations `qpos`, a list of (nq,), at half the control rate; none, and a
     line that says so, without a renderer. The hand turns with `wrists`, a list of (4,), and the
     camera looks into its palm, from above or below. `axes`, a list of (3,), are drawn as arrows."""
     from PIL import Image
     try:
-        renderer = mujoco.Renderer(model, *size)
+        renderer = mujoco.Renderer(model, 320, 320)
     except Exception as error:
         print(f"no film: MuJoCo cannot render here ({str(error)[:80]}); on Linux install libegl1",
               file=sys.stderr)
@@ -1392,7 +1349,7 @@ def frames(model, qpos, wrists, axes=None, every=2, size=(320, 320)):
     camera = mujoco.MjvCamera()
     look(camera)
     data, scene, images = mujoco.MjData(model), renderer.scene, []
-    for i in range(0, len(qpos), every):
+    for i in range(0, len(qpos), 2):
         data.qpos[:] = qpos[i]
         mujoco.mj_kinematics(model, data)
         mujoco.mj_camlight(model, data)
@@ -1435,11 +1392,12 @@ def add_stripes(scene, model, data):
                             data.geom_xmat[g], np.array((0.25, 0.1, 0, 1), np.float32))
 
 
-def save_gif(images, path, every=2):
+def save_gif(images, path):
+    """A film of pictures at half the control rate, see `frames`; without any there is none."""
     if images:
         with H.atomic_file(path) as file:
             images[0].save(file, "GIF", save_all=True, append_images=images[1:],
-                           duration=1000 * every // CONTROL_HZ, loop=0)
+                           duration=2000 // CONTROL_HZ, loop=0)
 
 
 def open_window(hand, viewer=None):

@@ -19,6 +19,7 @@ Method, reward and weights are the paper's (arXiv 2510.08556). A comment says wh
 why; results/README.md has the measurements.
 """
 import argparse
+import copy
 import hashlib
 import itertools
 import json
@@ -92,20 +93,20 @@ class Task:
     """The reward and the privileged observation of one batch of `sim.Rotation` environments."""
 
     PAST = 3                     # control steps of joint positions and targets
-    KINDS = {"box": 0, "cylinder": 1}        # whatever is composed is neither
 
     def __init__(self, env):
         self.env = env
         self.goal = np.zeros((env.n, 4))
         self.past_q, self.past_target = (np.zeros((env.n, self.PAST, H.N)) for _ in range(2))
-        # how far its parts reach, by their sizes as MuJoCo takes them, in dm; and its primitive
+        # how far its parts reach, by their sizes as MuJoCo takes them, in dm; and its primitive:
+        # whatever is composed is neither
         self.shape = np.zeros((len(env.objects), 5))
         for row, obj in zip(self.shape, env.objects):
+            kinds = [kind for kind, *_ in obj.parts]
+            row[3:] = kinds == ["box"], kinds == ["cylinder"]
             for _, size, pos, _ in obj.parts:
                 reach = np.abs(pos) + np.resize([*size, size[-1]], 3)
                 row[:3] = np.maximum(row[:3], 10 * reach)
-            if len(obj.parts) == 1 and obj.parts[0][0] in self.KINDS:
-                row[3 + self.KINDS[obj.parts[0][0]]] = 1
         self.shape = self.shape[env.which]
         self.holds = np.ones(len(env.cells), bool)
         self.episodes = 0.0                              # per environment, finished or running
@@ -115,8 +116,7 @@ class Task:
         """Episodes that have just been reset in the environments `ids`."""
         env = self.env
         self.past_q[ids], self.past_target[ids] = env.measured[ids, None], env.target[ids, None]
-        self._set_goal(ids)
-        self.episodes += len(ids) / env.n
+        self.redirect(ids)
 
     def redirect(self, ids):
         """Episodes that go on from where the last ones ended, about another axis."""
@@ -458,7 +458,7 @@ class Curriculum:
 def roll_out(oracle, env, task, curriculum, obs):
     """HORIZON control steps of every environment. Returns a dict of (HORIZON, n, ...) tensors and
     the observation after them."""
-    rows = {name: [] for name in ("obs", "action", "log_prob", "reward", "ended", "value", "after")}
+    steps = []
     for _ in range(HORIZON):
         oracle.norm.update(obs)
         x = oracle.norm(obs)
@@ -468,24 +468,22 @@ def roll_out(oracle, env, task, curriculum, obs):
         reward = torch.from_numpy(task.advance()).float()
         ended = env.fallen | (env.steps >= EPISODE)
         curriculum.count(ended)
-        # a time limit is no failure: the value of what would have come next goes on
         after = torch.zeros(env.n)
         if ended.any():
-            obs = task.observe()
-            out_of_time = torch.from_numpy(ended & ~env.fallen)
-            after = torch.where(out_of_time, oracle.value(obs), after)
-            go_on = ended & ~env.fallen & (env.rng.random(env.n) < GO_ON)
+            # a time limit is no failure: the value of what would have come next goes on
+            held = ended & ~env.fallen
+            after = torch.where(torch.from_numpy(held), oracle.value(task.observe()), after)
+            go_on = held & (env.rng.random(env.n) < GO_ON)
             anew, on = np.flatnonzero(ended & ~go_on), np.flatnonzero(go_on)
             env.reset(anew)
             task.start(anew)
             env.redirect(on)
             task.redirect(on)
+        steps.append({
+            "obs": x, "action": action, "log_prob": oracle.log_prob(mean, action), "value": value,
+            "reward": reward, "ended": torch.from_numpy(ended), "after": after})
         obs = task.observe()
-        step = (x, action, oracle.log_prob(mean, action), reward, torch.from_numpy(ended), value,
-                after)
-        for name, tensor in zip(rows, step):
-            rows[name].append(tensor)
-    return {name: torch.stack(tensors) for name, tensors in rows.items()}, obs
+    return {name: torch.stack([step[name] for step in steps]) for name in steps[0]}, obs
 
 
 def advantages(oracle, batch, obs):
@@ -592,11 +590,9 @@ class Training:
             recent = self.curve[-enough:]
             score = np.mean([row.turned * (0.2 + 0.8 * row.level) for row in recent])
             if score > self.best and len(recent) == enough:
-                self.best, self.best_weights = float(score), self._weights()
+                self.best = float(score)
+                self.best_weights = copy.deepcopy(self.oracle.state_dict())
         return f"ev {explained:.2f} kl {kl:.3f} clip {clipped:.2f}"
-
-    def _weights(self):
-        return {name: tensor.clone() for name, tensor in self.oracle.state_dict().items()}
 
     def status(self):
         """One line: rotation, holding and level per group of cells, noise, learning rate."""
@@ -614,13 +610,13 @@ class Training:
         task, curriculum = self.task, self.curriculum
         save_checkpoint(
             self.path, "oracle", family=self.family, seed=self.seed, steps=self.steps,
-            seconds=self.seconds, best=self.best, weights=self.best_weights or self._weights(),
+            seconds=self.seconds, best=self.best,
+            weights=self.best_weights or self.oracle.state_dict(),
             last=self.oracle.state_dict(), optimizer=self.optimizer.state_dict(),
             curve=[list(row) for row in self.curve], made=self.made,
             env=self.env.snapshot(), torch_rng=torch.get_rng_state(),
-            task={name: torch.as_tensor(value) for name, value in (
-                ("goal", task.goal), ("past_q", task.past_q), ("past_target", task.past_target),
-                ("holds", task.holds), ("episodes", task.episodes))},
+            task={name: torch.as_tensor(getattr(task, name))
+                  for name in ("goal", "past_q", "past_target", "holds", "episodes")},
             turned=torch.as_tensor(curriculum.turned), born=torch.as_tensor(curriculum.born),
             recent=curriculum.recent)
 
@@ -635,7 +631,12 @@ class Training:
                 self.env.level[:] = saved["env"]["arrays"]["level"].numpy()
                 self.task.holds[:] = saved["task"]["holds"].numpy()
             else:
-                self._resume_episodes(saved)
+                self.env.restore(saved["env"])
+                for name, value in saved["task"].items():
+                    setattr(self.task, name, value.numpy() if value.ndim else value.item())
+                self.curriculum.turned = saved["turned"].numpy()
+                self.curriculum.born = saved["born"].numpy()
+                torch.set_rng_state(saved["torch_rng"])
             self.steps, self.seconds = saved["steps"], saved["seconds"]
             self.best = saved["best"]
             self.best_weights = saved["weights"] if self.best > -1 else None
@@ -643,14 +644,6 @@ class Training:
         except (KeyError, RuntimeError, TypeError):
             raise H.Problem(f"{self.path} was trained for something else; choose another --out")
         self.obs = self.task.observe()
-
-    def _resume_episodes(self, saved):
-        task, curriculum = self.task, self.curriculum
-        self.env.restore(saved["env"])
-        for name, value in saved["task"].items():
-            setattr(task, name, value.numpy() if value.ndim else value.item())
-        curriculum.turned, curriculum.born = saved["turned"].numpy(), saved["born"].numpy()
-        torch.set_rng_state(saved["torch_rng"])
 
 
 def train_oracle(family, args, path, start=None):
@@ -754,8 +747,6 @@ class Cloning:
         task, seen, labels, lasted = Task(env), [], [], np.ones(env.n, bool)
 
         def drive(env):
-            if not seen:
-                task.start(np.arange(env.n))
             seen.append(env.observe().half())
             mean = oracle.act(task.observe()).clamp(-1, 1)
             labels.append(mean.half())
@@ -771,13 +762,10 @@ class Cloning:
                 env.redirect(ids)
                 task.redirect(ids)
 
-        def restart(env, ids):
-            task.start(ids)
-
-        result = sim.run_episodes(env, drive, watch, restarted=restart)
-        good = torch.from_numpy(lasted) if cloning and lasted.any() else torch.ones(env.n).bool()
+        result = sim.run_episodes(env, drive, watch, restarted=task.start)
         rows = torch.rand(len(seen), env.n) < KEPT
-        rows &= good
+        if cloning and lasted.any():
+            rows &= torch.from_numpy(lasted)
         return torch.stack(seen)[rows], torch.stack(labels)[rows], result
 
     def _learn(self):
@@ -852,7 +840,7 @@ def evaluate(policy, args, episodes=256):
         frames = []
         r = sim.run_episodes(
             env, lambda env: act(policy, env),
-            lambda env: frames.append(env.state[:, 1:1 + env.models[0].nq].copy()))
+            lambda env: frames.append(env.state[:, sim.QPOS].copy()))
         results[wrist] = {name: [float(v.mean()), float(v.std(ddof=1))] for name, v in r.items()}
         results[wrist] |= {"episodes": episodes, "blowups": env.blowups}
         turned = r["RotR"] / sim.CONTROL_HZ
@@ -870,25 +858,22 @@ def evaluate(policy, args, episodes=256):
 def arguments():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--everything", action="store_true",
-                        help="all families, wrists and axes, unless given")
-    parser.add_argument("--family", nargs="+",
-                        help="an oracle for each; 'cuboid+cylinder' is one oracle for both")
-    parser.add_argument("--wrist", nargs="+", type=sim.wrist_name,
-                        help=f"{', '.join(sim.WRISTS)}, or any")
-    parser.add_argument("--axis", nargs="+", type=sim.axis_name,
-                        help="+z or z+ and so on, 'x y z', or any")
-    parser.add_argument("--steps", type=float, nargs="+",
-                        help="control steps of the oracles, a number for each or one for all")
-    parser.add_argument("--start", type=Path, help="the first begins with this oracle's weights")
-    parser.add_argument("--rounds", type=int, help="of cloning (default: {} for each oracle; "
-                        "--everything: {})".format(*ROUNDS))
-    parser.add_argument("--minutes", type=float, help="stop earlier, after so long in all")
-    parser.add_argument("--envs", type=int, default=ENVS)
-    parser.add_argument("--randomize", nargs="*", default=sim.EVERYTHING, choices=sim.EVERYTHING,
-                        help="what differs from episode to episode (default: all)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("runs/policy"))
+    add = parser.add_argument
+    add("--everything", action="store_true", help="all families, wrists and axes, unless given")
+    add("--family", nargs="+", help="an oracle for each; 'cuboid+cylinder' is one oracle for both")
+    add("--wrist", nargs="+", type=sim.wrist_name, help=f"{', '.join(sim.WRISTS)}, or any")
+    add("--axis", nargs="+", type=sim.axis_name, help="+z or z+ and so on, 'x y z', or any")
+    add("--steps", type=float, nargs="+",
+        help="control steps of the oracles, a number for each or one for all")
+    add("--start", type=Path, help="the first begins with this oracle's weights")
+    add("--rounds", type=int,
+        help="of cloning (default: {} for each oracle; --everything: {})".format(*ROUNDS))
+    add("--minutes", type=float, help="stop earlier, after so long in all")
+    add("--envs", type=int, default=ENVS)
+    add("--randomize", nargs="*", default=sim.EVERYTHING, choices=sim.EVERYTHING,
+        help="what differs from episode to episode (default: all)")
+    add("--seed", type=int, default=0)
+    add("--out", type=Path, default=Path("runs/policy"))
     args = parser.parse_args()
     lesson = ["cylinder", "cuboid"], ["palm_up", "palm_down"], ["+z", "-z"]
     everything = ([*lesson[0], "long", "small", "complex"],

@@ -246,8 +246,8 @@ def test_omega_of_an_object_spun_by_hand_is_in_the_frame_of_the_hand():
     env.reset([0, 1])
     omega = np.array([[0.0, 0, 3.0], [1.0, -2.0, 0.5]])
     tilt = sim.from_axis_angle(np.array([[0, 0, 1.0], [1, 0, 0]]), np.array([0.4, 1.2]))
-    env.state[:, env._pos] = env.home[:] = 0.3, 0, 0.5      # away from the fingers
-    env.state[:, env._quat] = tilt
+    env.pos[:] = env.home[:] = 0.3, 0, 0.5                  # away from the fingers
+    env.quat[:] = tilt
     # MuJoCo wants it in the frame of the object
     env.state[:, -3:] = sim.rotate(sim.conjugate(tilt), omega)
     for _ in range(3):
@@ -723,7 +723,7 @@ def test_mass_friction_and_pushes_are_drawn_only_if_they_are_named():
         env = sim.Rotation(32, CUBE[:1], randomize=kinds, weakest=0.0, progress=False)
         env.level[:] = 0
         env.reset(np.arange(32))
-        env.state[:, env._pos] = env.home[:] = 0.3, 0, 0.5   # away from the fingers
+        env.pos[:] = env.home[:] = 0.3, 0, 0.5               # away from the fingers
         env.step(env.target)
         speeds.append(np.linalg.norm(env.vel[:, :3], axis=1))
     assert (speeds[0] < 1e-9).all()
@@ -777,7 +777,7 @@ def test_delays_delay_commands_and_readings(command_late, reading_late):
     env = still(2)
     env.command_delay[0], env.reading_delay[0] = command_late, reading_late
     data, rng = mujoco.MjData(env.models[0]), np.random.default_rng(0)
-    data.qpos[:] = env.state[0, env._qpos]
+    data.qpos[:] = env.state[0, sim.QPOS]
     for _ in range(3):
         before, new = env.target[0].copy(), env.target + 0.1 * rng.choice([-1, 1], (2, 16))
         env.step(new)
@@ -861,7 +861,7 @@ def test_ceiling_and_virtual_hand_get_the_same_trials():
             assert held == pytest.approx(np.resize([*t.obj.parts[0][1]], 3))
             assert where.opt.gravity == pytest.approx([0, 0, 9.81])
         assert np.array_equal(env.q[i], t.grasp[:16])
-        assert np.array_equal(env.state[i, env._qpos], t.grasp[:23])
+        assert np.array_equal(env.state[i, sim.QPOS], t.grasp[:23])
         assert np.array_equal(env.target[i], t.grasp[23:])
         assert np.array_equal(hand.target, t.grasp[23:])
         assert np.abs(hand.object_qpos() - t.grasp[16:23]).max() < 0.02
@@ -875,7 +875,7 @@ def test_both_hands_are_pushed_alike():
     env = still(3, weakest=0.0)
     env.level[:] = 0
     env.begin(trials)
-    env.state[:, env._pos] = env.home[:] = 0.3, 0, 0.5      # away from the fingers
+    env.pos[:] = env.home[:] = 0.3, 0, 0.5                  # away from the fingers
     for speed in (0.1, 0.3, 0.6):
         env.step(env.target)
         assert env.vel[:, :3] == pytest.approx(speed * np.eye(3), abs=1e-6)
@@ -966,7 +966,7 @@ def test_a_grasp_is_the_same_at_a_smaller_time_step_and_with_another_integrator(
 @pytest.mark.parametrize("speed", [1e12, 1000])
 def test_a_blow_up_is_counted_and_ends_the_episode(speed):
     env = still(3)
-    env.state[1, env._dq] = speed
+    env.dq[1] = speed
     env.step(env.target)
     assert env.blowups == 1 and env.fallen.tolist() == [False, True, False]
     assert torch.isfinite(env.observe()).all()
