@@ -293,8 +293,8 @@ def arguments():
 
 
 def jobs_of(args, content):
-    """A job for every wrist asked for, or that the policy (`content`, see `load_policy`) was trained
-    on and somebody can hold: the named ones."""
+    """A job for every wrist asked for, or that the policy was trained on (`content`, see
+    `load_policy`) and somebody can hold: the named ones."""
     known = [name for name in content["wrists"] if name in sim.WRISTS]
     wrists = list(dict.fromkeys(args.wrist or known or sim.WRISTS))
     if args.out and len(wrists) > 1:
