@@ -134,7 +134,8 @@ def measured_episode(job):
         return controller(q)
 
     def watch(hand):
-        film.append(hand.qpos())
+        if picture:
+            film.append(hand.qpos())
         return not still_held(hand, referee)
 
     data = H.drive(hand, pushed, sim.EPISODE, watch)
@@ -667,8 +668,10 @@ def arguments():
     add("--workers", type=int, default=os.cpu_count())
     args = parser.parse_args()
     args.port = "sim:0" if args.benchmark else sim.resolve_port(args.port)
-    args.wrist = args.wrist or (list(sim.WRISTS) if args.benchmark else ["palm_up", "palm_down"])
-    args.axis = args.axis or ([*sim.AXES, sim.ANY] if args.benchmark else ["+z", "-z"])
+    wrists = sim.WRISTS if args.benchmark else ("palm_up", "palm_down")
+    axes = (*sim.AXES, sim.ANY) if args.benchmark else ("+z", "-z")
+    args.wrist = list(dict.fromkeys(args.wrist or wrists))
+    args.axis = list(dict.fromkeys(args.axis or axes))
     virtual = args.port.startswith("sim:")
     if args.live or not virtual:                 # one after the other
         args.wrist, args.axis = args.wrist[:1], args.axis[:1]
@@ -690,10 +693,11 @@ def arguments():
 
 def note_what_differs(args, content, fitted):
     """A line for everything here that policy and residual have not seen."""
-    for what, here in (("port", args.port), ("policy", digest(args.policy))):
-        if fitted and fitted.get(what) != here:
-            say(f"note: {args.residual} was fitted to the {what} {fitted.get(what)}, "
-                f"this is {here}")
+    if fitted:
+        for what, here in (("port", args.port), ("policy", digest(args.policy))):
+            if fitted.get(what) != here:
+                say(f"note: {args.residual} was fitted to the {what} {fitted.get(what)}, "
+                    f"this is {here}")
     for given, known in ((args.wrist, content["wrists"]), (args.axis, content["axes"])):
         strange = ", ".join(name for name in given if name not in known)
         if strange and sim.ANY not in known:

@@ -116,10 +116,14 @@ class Task:
         """Episodes that have just been reset in the environments `ids`."""
         env = self.env
         self.past_q[ids], self.past_target[ids] = env.measured[ids, None], env.target[ids, None]
-        self.redirect(ids)
+        self._begin(ids)
 
     def redirect(self, ids):
-        """Episodes that go on from where the last ones ended, about another axis."""
+        """Another wrist and axis for the environments `ids`, which go on from where they are."""
+        self.env.redirect(ids)
+        self._begin(ids)
+
+    def _begin(self, ids):
         self._set_goal(ids)
         self.episodes += len(ids) / self.env.n
 
@@ -477,7 +481,6 @@ def roll_out(oracle, env, task, curriculum, obs):
             anew, on = np.flatnonzero(ended & ~go_on), np.flatnonzero(go_on)
             env.reset(anew)
             task.start(anew)
-            env.redirect(on)
             task.redirect(on)
         steps.append({
             "obs": x, "action": action, "log_prob": oracle.log_prob(mean, action), "value": value,
@@ -758,9 +761,7 @@ class Cloning:
             task.advance()
             lasted[env.fallen] = False
             if not cloning:
-                ids = np.flatnonzero(env.rng.random(env.n) < REDIRECT)
-                env.redirect(ids)
-                task.redirect(ids)
+                task.redirect(np.flatnonzero(env.rng.random(env.n) < REDIRECT))
 
         result = sim.run_episodes(env, drive, watch, restarted=task.start)
         rows = torch.rand(len(seen), env.n) < KEPT

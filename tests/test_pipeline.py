@@ -58,7 +58,7 @@ def pipeline(tmp_path_factory, toy_policy, grasps):
     probe = "import sys, signal; print('termios' in sys.modules, hasattr(signal, 'SIGHUP'))"
     assert lacking("-c", probe).split() == ["True", "False"]
     lacking("collect.py", "--hours", 10 / 180, *HERE, "--load", "none", "--policy", toy_policy,
-        "--out", out / "data")
+            "--out", out / "data")
     said = lacking("fit_ndm.py", "--data", out / "data", "--policy", toy_policy,
                    "--out", out / "ndm", "--models", "joint", "whole", "--steps", 30,
                    "--residual-steps", 3, "--episodes", 24)
