@@ -28,7 +28,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-import sim                       # before torch: it sets how torch's threads wait
+import sim                       # before torch, see there
 import numpy as np
 import torch
 

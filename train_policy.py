@@ -9,7 +9,7 @@
 reads   nothing (grasps are sampled on first use and cached)
 writes  OUT/oracle-FAMILY.pt   one PPO specialist per object family, which sees everything that the
                                simulator knows, and begins with what the one before has learned;
-                               the best so far and all that training needs to go on
+                               with all that training needs to go on
         OUT/policy.pt          the generalist: cloned from the oracles, sees joint encoders alone
         OUT/curve.png, OUT/policy-WRIST.gif, OUT/results.json
 Run it again with the same --out and it goes on where it stopped, as if it had not stopped; Ctrl-C
@@ -19,7 +19,6 @@ Method, reward and weights are the paper's (arXiv 2510.08556). A comment says wh
 why; results/README.md has the measurements.
 """
 import argparse
-import copy
 import hashlib
 import itertools
 import json
@@ -79,7 +78,7 @@ REDIRECT = 1 / 200       # of wrist and axis, chance per control step while the 
 C_ROT = 0.75, 0.6        # rad/s, clip of the rewarded rotation; paper 0.5
 A_ROT = 5.0              # not given in the paper
 A_GOAL, GOAL_BONUS = 0.05, 1.0
-A_ROTP = 0.1             # grows linearly from 0 at the 10th episode to this at the 100th
+A_ROTP = 0.3, 0.8        # paper 0.1, from the 100th episode on: far too late and little here
 A_LIN, A_TORQUE = 0.3, 0.1
 A_WORK = 0.2             # paper 2.0, in another simulator's units: there it outweighs the rotation
 A_POSE = 1.0             # paper 0.3; at the end of a stroke it pays to lift the fingers and go back
@@ -109,23 +108,18 @@ class Task:
                 row[:3] = np.maximum(row[:3], 10 * reach)
         self.shape = self.shape[env.which]
         self.holds = np.ones(len(env.cells), bool)
-        self.episodes = 0.0                              # per environment, finished or running
         self.start(np.arange(env.n))
 
     def start(self, ids):
         """Episodes that have just been reset in the environments `ids`."""
         env = self.env
         self.past_q[ids], self.past_target[ids] = env.measured[ids, None], env.target[ids, None]
-        self._begin(ids)
+        self._set_goal(ids)
 
     def redirect(self, ids):
         """Another wrist and axis for the environments `ids`, which go on from where they are."""
         self.env.redirect(ids)
-        self._begin(ids)
-
-    def _begin(self, ids):
         self._set_goal(ids)
-        self.episodes += len(ids) / self.env.n
 
     def _set_goal(self, ids):
         """The guiding goal: the object's own orientation, a quarter turn further about k."""
@@ -157,11 +151,11 @@ class Task:
         env = self.env
         k, torque = env.axis, self.torque()
         level = env.level[env.cell]
-        c_rot, penalty = (np.interp(level, (0, 1), pair) for pair in (C_ROT, FALL_PENALTY))
+        c_rot, a_rotp, penalty = (
+            np.interp(level, (0, 1), pair) for pair in (C_ROT, A_ROTP, FALL_PENALTY))
         r_rot = np.clip((env.omega * k).sum(1), -c_rot, c_rot)
         a_rot = A_ROT * np.where(self.holds, 1.0, 0.5)[env.cell]
         r_goal = np.clip(0.2 / (self._goal_angle() + 0.1), 0, 1) + GOAL_BONUS / A_GOAL * reached
-        a_rotp = A_ROTP * np.clip((self.episodes - 10) / 90, 0, 1)
         r_pen = (
             -a_rotp * np.abs(np.cross(env.omega, k)).sum(1)
             - A_LIN * (env.vel[:, :3] ** 2).sum(1)
@@ -565,7 +559,6 @@ class Training:
         if RANK:                                         # same weights, other noise
             torch.manual_seed(args.seed + 1000 * RANK)
         self.curve, self.steps, self.seconds = [], 0, 0.0
-        self.best, self.best_weights = -1.0, None
         if path.exists():
             self._resume(load_checkpoint(path, "oracle"))
         elif start:
@@ -588,13 +581,6 @@ class Training:
         for cell, turned, held, level in self.curriculum.raise_levels():
             self.curve.append(
                 Row(cell, self.steps, self.seconds, turned, held, level, float(explained), kl))
-            # the best by what it turns against gravity, over the last rows of every cell
-            enough = len(self.env.cells) * -(-24 // len(self.env.cells))
-            recent = self.curve[-enough:]
-            score = np.mean([row.turned * (0.2 + 0.8 * row.level) for row in recent])
-            if score > self.best and len(recent) == enough:
-                self.best = float(score)
-                self.best_weights = copy.deepcopy(self.oracle.state_dict())
         return f"ev {explained:.2f} kl {kl:.3f} clip {clipped:.2f}"
 
     def status(self):
@@ -613,19 +599,18 @@ class Training:
         task, curriculum = self.task, self.curriculum
         save_checkpoint(
             self.path, "oracle", family=self.family, seed=self.seed, steps=self.steps,
-            seconds=self.seconds, best=self.best,
-            weights=self.best_weights or self.oracle.state_dict(),
-            last=self.oracle.state_dict(), optimizer=self.optimizer.state_dict(),
+            seconds=self.seconds,
+            weights=self.oracle.state_dict(), optimizer=self.optimizer.state_dict(),
             curve=[list(row) for row in self.curve], made=self.made,
             env=self.env.snapshot(), torch_rng=torch.get_rng_state(),
             task={name: torch.as_tensor(getattr(task, name))
-                  for name in ("goal", "past_q", "past_target", "holds", "episodes")},
+                  for name in ("goal", "past_q", "past_target", "holds")},
             turned=torch.as_tensor(curriculum.turned), born=torch.as_tensor(curriculum.born),
             recent=curriculum.recent)
 
     def _resume(self, saved):
         try:
-            self.oracle.load_state_dict(saved["last"])
+            self.oracle.load_state_dict(saved["weights"])
             if saved["made"] != self.made:
                 raise KeyError
             self.optimizer.load_state_dict(saved["optimizer"])
@@ -636,13 +621,11 @@ class Training:
             else:
                 self.env.restore(saved["env"])
                 for name, value in saved["task"].items():
-                    setattr(self.task, name, value.numpy() if value.ndim else value.item())
+                    setattr(self.task, name, value.numpy())
                 self.curriculum.turned = saved["turned"].numpy()
                 self.curriculum.born = saved["born"].numpy()
                 torch.set_rng_state(saved["torch_rng"])
             self.steps, self.seconds = saved["steps"], saved["seconds"]
-            self.best = saved["best"]
-            self.best_weights = saved["weights"] if self.best > -1 else None
             self.curve = [Row(*row) for row in saved["curve"]]
         except (KeyError, RuntimeError, TypeError):
             raise H.Problem(f"{self.path} was trained for something else; choose another --out")
@@ -651,8 +634,8 @@ class Training:
 
 def train_oracle(family, args, path, start=None):
     """Train a specialist for its control steps, or args.minutes; goes on from `path` if that is
-    there, else begins with the weights in `start`, if any. Returns the best oracle, its curve and
-    the seconds of training."""
+    there, else begins with the weights in `start`, if any. Returns the oracle, its curve and the
+    seconds of training."""
     training, steps = Training(family, args, path, start), args.steps[args.family.index(family)]
     bar = sim.Progress(f"oracle {family}", steps, " steps")
     saved = time.monotonic()
@@ -669,9 +652,7 @@ def train_oracle(family, args, path, start=None):
     if not RANK:
         training.save()
     gather(None)                                         # nobody reads it before it is there
-    oracle = training.oracle
-    oracle.load_state_dict(training.best_weights or oracle.state_dict())
-    return oracle, training.curve, training.seconds
+    return training.oracle, training.curve, training.seconds
 
 
 # -------------------------------------------------------------------------------- the generalist

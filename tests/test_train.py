@@ -165,8 +165,7 @@ def test_a_family_that_is_easy_does_not_raise_the_level_of_a_hard_one():
 
 # -------------------------------------------------------------------------------- going on exactly
 def weights(path, kind):
-    saved = T.load_checkpoint(path, kind)
-    return saved["last" if kind == "oracle" else "weights"]
+    return T.load_checkpoint(path, kind)["weights"]
 
 
 def test_an_interrupted_run_is_the_run_that_was_not_interrupted(tmp_path, monkeypatch):
