@@ -870,8 +870,9 @@ class Rotation:
         """Everything that `restore` needs to go on exactly from here, as tensors and text."""
         arrays = {name: torch.as_tensor(value).clone() for name, value in vars(self).items()
                   if isinstance(value, (np.ndarray, torch.Tensor))}
-        models = {field: torch.as_tensor(np.stack([getattr(m, field) for m in self.models]))
-                  for field in self.CHANGED}
+        # flat: composed objects differ in how many primitives they have
+        models = {field: torch.as_tensor(np.concatenate(
+            [getattr(m, field).ravel() for m in self.models])) for field in self.CHANGED}
         models["gravity"] = torch.as_tensor(np.stack([m.opt.gravity for m in self.models]))
         return {"arrays": arrays, "models": models, "blowups": self.blowups,
                 "rng": json.dumps(self.rng.bit_generator.state)}
@@ -880,10 +881,13 @@ class Rotation:
         """Go on from a `snapshot` of an environment that was made with the same arguments."""
         for name, value in saved["arrays"].items():
             getattr(self, name)[:] = value
-        for i, model in enumerate(self.models):
-            for field in self.CHANGED:
-                getattr(model, field)[:] = saved["models"][field][i]
-            model.opt.gravity = saved["models"]["gravity"][i]
+        for field in self.CHANGED:
+            ends = np.cumsum([getattr(m, field).size for m in self.models])
+            parts = np.split(saved["models"][field].numpy().ravel(), ends[:-1])
+            for model, part in zip(self.models, parts):
+                getattr(model, field).flat = part
+        for model, gravity_ in zip(self.models, saved["models"]["gravity"].numpy()):
+            model.opt.gravity = gravity_
             mujoco.mj_setConst(model, self.datas[0])
         self.blowups = saved["blowups"]
         self.rng.bit_generator.state = json.loads(saved["rng"])

@@ -554,8 +554,9 @@ class Training:
         self.curriculum.born[:] = self.env.steps
         self.obs = self.task.observe()
         self.oracle = Oracle(self.obs.shape[1])
+        rate = SLOWEST if start else LEARNING_RATE       # a large first step forgets what is there
         self.optimizer = torch.optim.Adam(
-            self.oracle.parameters(), lr=LEARNING_RATE, eps=1e-5, fused=True)
+            self.oracle.parameters(), lr=rate, eps=1e-5, fused=True)
         if RANK:                                         # same weights, other noise
             torch.manual_seed(args.seed + 1000 * RANK)
         self.curve, self.steps, self.seconds = [], 0, 0.0

@@ -910,8 +910,10 @@ def test_a_virtual_hand_that_differs_in_nothing_does_what_the_simulator_does():
 
 
 def test_an_environment_goes_on_exactly_from_a_snapshot():
+    objects = [CUBE[0], *(obj for obj in sim.FAMILIES["complex"] if obj.name == "hammer")][:2]
+
     def environment():
-        return sim.Rotation(4, CUBE[:2], ["palm_up", "palm_down"], randomize=sim.EVERYTHING, seed=2,
+        return sim.Rotation(4, objects, ["palm_up", "palm_down"], randomize=sim.EVERYTHING, seed=2,
                             progress=False)
 
     def run(env):
@@ -924,7 +926,7 @@ def test_an_environment_goes_on_exactly_from_a_snapshot():
         return frames
 
     env, other = environment(), environment()
-    env.level[:] = 0.3, 0.8
+    env.level[:] = 0.3, 0.8, 0.5, 0.1
     env.reset([0, 1, 3])
     run(env)
     saved = env.snapshot()
