@@ -1,6 +1,7 @@
 r"""Stage 4: the policy, with or without the residual, on the hand at 20 Hz.
 
     python deploy.py --port sim:1 --wrist palm_down --episodes 3 --gif hand.gif
+    python deploy.py --port sim:1 --base --object duck --gif duck.gif
     python deploy.py --port sim:1 --compare --json results/sim1.json   # ceiling, base, residual
     python deploy.py --port sim:1 --base --record data/sim1-task       # for fit_ndm.py
     python deploy.py --benchmark --json results/benchmark.json         # the paper's table
@@ -162,10 +163,10 @@ def on_the_hand(pool, args, wrist, trials, residual):
     return {name: np.concatenate([row[name] for row in rows]) for name in METRICS}
 
 
-def on_a_virtual_hand(args, policy, content):
+def on_a_virtual_hand(args, policy):
     """Prints what was measured, and writes it with --json. Trials with the same number are the
     same task at every wrist: their mean over wrists is one number."""
-    objects, parts = sim.objects_of("+".join(content["families"])), {}
+    objects, parts = sim.objects_of(args.object), {}
     with processes(args.workers) as pool:
         for wrist in args.wrist:
             trials = sim.trials(objects, wrist, args.axis, args.episodes, args.seed)
@@ -547,15 +548,15 @@ def live(args, policy, residual, content):
         say(__doc__[__doc__.index("Keys of"):__doc__.index("reads ")])
     threading.Thread(target=hear, args=(steering.heard,), daemon=True).start()
     if args.port.startswith("sim:"):
-        live_on_a_virtual_hand(args, policy, residual, content, steering)
+        live_on_a_virtual_hand(args, policy, residual, steering)
     else:
         live_on_a_real_hand(args, policy, residual, steering)
     say("")
 
 
-def live_on_a_virtual_hand(args, policy, residual, content, steering):
+def live_on_a_virtual_hand(args, policy, residual, steering):
     """In real time, unless it is a film of words from a pipe."""
-    objects = sim.objects_of("+".join(content["families"]))
+    objects = sim.objects_of(args.object)
     watched = sys.stdin.isatty() or not args.gif
     which, viewer, shots, images = 0, None, [], []
     for number in itertools.count():
@@ -660,6 +661,7 @@ def arguments():
     add("--benchmark", action="store_true", help="the paper's table, in the training simulator")
     add("--wrist", nargs="+", type=sim.wrist_name, help="default: palm_up palm_down")
     add("--axis", nargs="+", type=sim.axis_name, help="default: +z -z")
+    add("--object", help="a family or an object by name; default: what the policy learned with")
     add("--episodes", type=int, default=40, help="per wrist (--benchmark: and axis)")
     add("--seed", type=int, default=0)
     add("--record", type=Path, help="folder for the episodes that lasted 20 s")
@@ -677,7 +679,8 @@ def arguments():
         args.wrist, args.axis = args.wrist[:1], args.axis[:1]
     if min(args.episodes, args.workers) < 1 or args.seed < 0:
         raise H.Problem("--episodes and --workers must be at least 1, --seed at least 0")
-    if args.benchmark and (args.live or args.compare or args.base or args.record or args.gif):
+    other = args.live or args.compare or args.base or args.record or args.gif or args.object
+    if args.benchmark and other:
         raise H.Problem("--benchmark goes with --policy, --wrist, --axis, --episodes and --json")
     if args.live and (args.compare or args.record or args.json):
         raise H.Problem("--live measures and records nothing: it goes with none of --compare, "
@@ -685,9 +688,9 @@ def arguments():
     if args.compare and (args.base or args.record):
         raise H.Problem("--compare runs with and without the residual: it goes with neither "
                         "--base nor --record")
-    if not virtual and (args.compare or args.gif or args.json):
-        raise H.Problem("--compare, --gif and --json need to see the object, which only a "
-                        "virtual hand can: --port sim:SEED")
+    if not virtual and (args.compare or args.gif or args.json or args.object):
+        raise H.Problem("--compare, --gif, --json and --object need to know the object, as only "
+                        "a virtual hand does: --port sim:SEED")
     return args
 
 
@@ -710,11 +713,12 @@ def main():
     if args.benchmark:
         return benchmark(args, policy, content)
     residual, fitted = (None, None) if args.base else load_residual(args.residual)
+    args.object = args.object or "+".join(content["families"])
     note_what_differs(args, content, fitted)
     if args.live:
         live(args, policy, residual, content)
     elif args.port.startswith("sim:"):
-        on_a_virtual_hand(args, policy, content)
+        on_a_virtual_hand(args, policy)
     else:
         on_a_real_hand(args, policy, residual)
 

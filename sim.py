@@ -276,14 +276,17 @@ FAMILIES = {family: [obj._replace(family=family) for obj in objects]
             for family, objects in FAMILIES.items()}
 
 
-def objects_of(families):
-    """The objects of a family, or of several joined by "+". Raises `Problem` on unknown ones."""
-    names = families.split("+")
-    strange = [name for name in names if name not in FAMILIES]
+def objects_of(names):
+    """The objects of a family, those of a name, or of several of these joined by "+". Raises
+    `Problem` on unknown ones."""
+    known = dict(FAMILIES)
+    for obj in itertools.chain(*FAMILIES.values()):
+        known[obj.name] = known.get(obj.name, []) + [obj]
+    strange = [name for name in names.split("+") if name not in known]
     if strange:
-        raise H.Problem(f"no family is called {', '.join(strange)}; "
-                        f"there are {', '.join(FAMILIES)}")
-    return [obj for name in names for obj in FAMILIES[name]]
+        raise H.Problem(f"no family or object is called {', '.join(strange)}; there are the "
+                        f"families {', '.join(FAMILIES)}, and objects such as hammer")
+    return [obj for name in names.split("+") for obj in known[name]]
 
 
 # ------------------------------------------------------------------------------ the Chaos Box

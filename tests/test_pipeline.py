@@ -371,6 +371,17 @@ def test_compare_writes_ceiling_base_and_residual(pipeline, toy_policy):
     assert re.search(r"ceiling .*\n.* base .*\n.* residual .*\n.* gain ", said)
 
 
+def test_objects_are_those_asked_for_or_those_that_the_policy_learned_with(
+        toy_policy, monkeypatch):
+    asked = []
+    monkeypatch.setattr(deploy, "on_a_virtual_hand", lambda args, policy: asked.append(args.object))
+    for given in ((), ("--object", "mug+long")):
+        monkeypatch.setattr(sys, "argv", ["deploy.py", "--port", "sim", "--base", "--policy",
+                                          str(toy_policy), *given])
+        deploy.main()
+    assert asked == ["cube", "mug+long"]
+
+
 def paired(ceiling, base, residual):
     numbers = {"ceiling": ceiling, "base": base, "residual": residual}
     return {kind: {m: np.array(x, float) for m in deploy.METRICS} for kind, x in numbers.items()}
@@ -631,7 +642,7 @@ def bad_inputs(tmp, policy):
         return "--data", folder, *here, *into
 
     train = {
-        "unknown family": (("--family", "cube", "teapot", *into), "teapot"),
+        "unknown family": (("--family", "cube", "kettle", *into), "kettle"),
         "no time": (("--minutes", -1, *into), "--minutes"),
         "no steps": (("--steps", 0, *into), "--steps"),
         "steps for other families": (("--steps", 1, 2, 3, *into), "cylinder, cuboid"),
@@ -684,6 +695,9 @@ def bad_inputs(tmp, policy):
         "compare on a real hand": (("--port", "/dev/ttyUSB99", "--compare", *here),
                                    "virtual hand"),
         "compare the base alone": ((*virtual, "--base", "--compare", *here), "neither --base"),
+        "no such object": ((*virtual, "--base", "--object", "kettle", *here), "kettle"),
+        "an object that nobody knows": (
+            ("--port", "/dev/ttyUSB99", "--object", "mug", *here), "virtual hand"),
         "no episodes": ((*virtual, "--base", "--episodes", 0, *here), "--episodes"),
         "negative seed": ((*virtual, "--base", "--seed=-1", *here), "--seed"),
     }

@@ -998,9 +998,11 @@ def test_an_object_that_no_hand_can_hold_is_a_problem():
         sim.grasp_cache(sim.box(0.004, 0.004, 0.004), count=2, progress=False)
 
 
-def test_families_are_joined_by_plus_and_strange_ones_are_problems():
+def test_families_and_objects_are_joined_by_plus_and_strange_ones_are_problems():
     assert sim.objects_of("cube+cylinder") == sim.FAMILIES["cube"] + sim.FAMILIES["cylinder"]
-    for wrong in ("cubes", "cube+", "", "cube,cuboid"):
+    assert [obj.name for obj in sim.objects_of("mug+hammer")] == ["mug", "hammer", "hammer"]
+    assert sim.objects_of("box 3 x 3 x 10 cm") == sim.FAMILIES["long"][1:2]
+    for wrong in ("cubes", "cube+", "", "cube,cuboid", "box 3 x 3 x 11 cm"):
         with pytest.raises(H.Problem, match="no family"):
             sim.objects_of(wrong)
 
