@@ -279,14 +279,14 @@ FAMILIES = {family: [obj._replace(family=family) for obj in objects]
 def objects_of(names):
     """The objects of a family, those of a name, or of several of these joined by "+". Raises
     `Problem` on unknown ones."""
-    known = dict(FAMILIES)
-    for obj in itertools.chain(*FAMILIES.values()):
-        known[obj.name] = known.get(obj.name, []) + [obj]
-    strange = [name for name in names.split("+") if name not in known]
+    objects = list(itertools.chain(*FAMILIES.values()))
+    found = [(name, [obj for obj in objects if name in (obj.family, obj.name)])
+             for name in names.split("+")]
+    strange = [name for name, some in found if not some]
     if strange:
         raise H.Problem(f"no family or object is called {', '.join(strange)}; there are the "
                         f"families {', '.join(FAMILIES)}, and objects such as hammer")
-    return [obj for name in names.split("+") for obj in known[name]]
+    return [obj for _, some in found for obj in some]
 
 
 # ------------------------------------------------------------------------------ the Chaos Box
@@ -889,8 +889,8 @@ class Rotation:
             parts = np.split(saved["models"][field].numpy().ravel(), ends[:-1])
             for model, part in zip(self.models, parts):
                 getattr(model, field).flat = part
-        for model, gravity_ in zip(self.models, saved["models"]["gravity"].numpy()):
-            model.opt.gravity = gravity_
+        for model, down in zip(self.models, saved["models"]["gravity"].numpy()):
+            model.opt.gravity = down
             mujoco.mj_setConst(model, self.datas[0])
         self.blowups = saved["blowups"]
         self.rng.bit_generator.state = json.loads(saved["rng"])

@@ -600,8 +600,8 @@ class Training:
         task, curriculum = self.task, self.curriculum
         save_checkpoint(
             self.path, "oracle", family=self.family, seed=self.seed, steps=self.steps,
-            seconds=self.seconds,
-            weights=self.oracle.state_dict(), optimizer=self.optimizer.state_dict(),
+            seconds=self.seconds, weights=self.oracle.state_dict(),
+            optimizer=self.optimizer.state_dict(),
             curve=[list(row) for row in self.curve], made=self.made,
             env=self.env.snapshot(), torch_rng=torch.get_rng_state(),
             task={name: torch.as_tensor(getattr(task, name))
