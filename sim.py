@@ -280,7 +280,7 @@ def objects_of(names):
     """The objects of a family, those of a name, or of several of these joined by "+". Raises
     `Problem` on unknown ones."""
     objects = list(itertools.chain(*FAMILIES.values()))
-    found = [(name, [obj for obj in objects if name in (obj.family, obj.name)])
+    found = [(name, FAMILIES.get(name) or [obj for obj in objects if obj.name == name])
              for name in names.split("+")]
     strange = [name for name, some in found if not some]
     if strange:
