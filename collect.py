@@ -177,7 +177,7 @@ def there(job):
         for name, value in job.facts.items():
             if str(old[name]) != str(value):
                 raise H.Problem(f"{job.folder} holds trajectories with {name} {old[name]}, "
-                                f"not {value}; choose another --out")
+                                f"not {value}; choose another folder")
     jammed = job.folder.glob("[0-9]*.jammed")
     return {int(path.stem) for path in saved}, {int(path.stem) for path in jammed}
 

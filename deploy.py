@@ -52,7 +52,7 @@ import numpy as np
 import torch
 
 import hand as H
-from collect import processes
+from collect import Job, processes, there
 from fit_ndm import load_residual
 from train_policy import act, digest, load_policy
 
@@ -92,13 +92,18 @@ class Controller:
         return self.sent
 
 
+def facts(args):
+    """What all episodes in a folder of --record have in common."""
+    source = "base" if args.base else "base + residual"
+    return dict(hand=H.HAND, source=source, seed=args.seed, port=args.port,
+                policy=digest(args.policy))
+
+
 def save_episode(args, data, wrist, load, index):
     """With --record, an episode that lasted 20 s as a trajectory like those of collect.py."""
     if args.record and len(data["q"]) == sim.EPISODE:
-        sim.save_npz(
-            args.record / f"{index:05d}.npz", **data, hand=H.HAND, wrist=wrist, load=load,
-            source="base" if args.base else "base + residual", seed=args.seed, port=args.port,
-            policy=digest(args.policy), index=index, sequence=index, sigma=0.0)
+        sim.save_npz(args.record / f"{index:05d}.npz", **data, **facts(args), wrist=wrist,
+                     load=load, index=index, sequence=index, sigma=0.0)
 
 
 # ---------------------------------------------------------------------- measured, on virtual hands
@@ -148,7 +153,7 @@ def measured_episode(job):
 
 def on_the_hand(pool, args, wrist, trials, residual):
     """The trials of one wrist on the virtual hand, on all cores: dict of (n,) arrays."""
-    film = args.gif
+    film = args.gif if residual or args.base else None
     if film and len(args.wrist) > 1:
         film = film.with_stem(f"{film.stem}-{wrist}")
     first = 10000 * args.wrist.index(wrist)
@@ -339,6 +344,7 @@ def on_a_real_hand(args, policy, residual):
     """Episodes one after the other. When the bus fails the hand lets go, and whoever stands by
     decides whether to begin that episode again; without a terminal the script ends."""
     wrist, axis, number, watched = args.wrist[0], args.axis[0], 0, sys.stdin.isatty()
+    recorded = max(there(Job(args.record, 0, {}))[0], default=-1) if args.record else 0
     with sim.open_hand(args.port) as hand:
         while number < args.episodes:
             try:
@@ -364,8 +370,7 @@ def on_a_real_hand(args, policy, residual):
             lag, current = np.abs(data["target"] - data["q"]), np.abs(data["current"])
             print(f"episode {number}: {len(data['q'])} steps, lag {lag.mean():.3f} rad, "
                   f"{1000 * current.mean():.0f} mA")
-            recorded = list(args.record.glob("*.npz")) if args.record else []
-            save_episode(args, data, wrist, "object", len(recorded))
+            save_episode(args, data, wrist, "object", recorded + number)
 
 
 # ------------------------------------------------------------------------------ see it, steer it
@@ -677,6 +682,9 @@ def arguments():
     virtual = args.port.startswith("sim:")
     if args.live or not virtual:                 # one after the other
         args.wrist, args.axis = args.wrist[:1], args.axis[:1]
+        if sim.ANY in args.wrist + args.axis:
+            raise H.Problem("any: --live and a real hand begin with a wrist and an axis that are "
+                            "known, such as palm_up and z+")
     if min(args.episodes, args.workers) < 1 or args.seed < 0:
         raise H.Problem("--episodes and --workers must be at least 1, --seed at least 0")
     other = args.live or args.compare or args.base or args.record or args.gif or args.object
@@ -712,6 +720,8 @@ def main():
     policy, content = load_policy(args.policy)
     if args.benchmark:
         return benchmark(args, policy, content)
+    if args.record:
+        there(Job(args.record, 0, facts(args)))          # raises where it holds something else
     residual, fitted = (None, None) if args.base else load_residual(args.residual)
     args.object = args.object or "+".join(content["families"])
     note_what_differs(args, content, fitted)

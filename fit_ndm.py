@@ -457,7 +457,10 @@ def arguments():
     if args.seed < 0 or not args.cost >= 0:
         raise H.Problem("--seed and --cost must not be negative")
     folders = {*Path("data").glob("*-balls-policy"), *Path("data").glob("*-task")}
-    args.data = args.data or sorted(folders - set(args.test))
+    tests = {folder.resolve() for folder in args.test}
+    args.data = args.data or sorted(path for path in folders if path.resolve() not in tests)
+    if tests & {folder.resolve() for folder in args.data}:
+        raise H.Problem("--test names a folder of --data: what is learned is no test")
     if not args.data:
         raise H.Problem("there is no data/*-balls-policy; run collect.py first, or name its "
                         "folders with --data")

@@ -65,9 +65,9 @@ class Link(NamedTuple):
 # LEAP Hand (right): kinematics, masses, limits and collision boxes as published with its URDF and
 # its MuJoCo model. `boxes` are what objects meet, and the virtual hand is made of them alone.
 # `shapes` are as wide (a knuckle as its fork, the part between knuckles as its motor) and reach as
-# far, but few and round: fingers meet each other, the palm and balls with them in the training
-# simulator, because boxes of neighbouring fingers that pass into each other make MuJoCo 4.0.0 end
-# the process. They are capsules ("capsule", from, to, radius) and boxes ("box", centre, half
+# far, but few and thick: fingers meet each other, the palm and balls with them in the training
+# simulator, because thin boxes of neighbouring fingers that pass into each other make MuJoCo 4.0.0
+# end the process. They are capsules ("capsule", from, to, radius) and boxes ("box", centre, half
 # sizes). The last shape of a fingertip link, a capsule, is its rubber tip, for objects too, and its
 # last box is the tip's extent.
 def _finger(prefix, base, motor, grasp):
@@ -96,10 +96,8 @@ def _finger(prefix, base, motor, grasp):
              0.037, (0.005422, -0.029148, 0.015),
              (0.687228, 0.687228, 0.166487, 0.166487), (8.28004e-06, 8.1598e-06, 5.39516e-06),
              Joint(f"{prefix}_pip", motor + 2, -0.506, 1.885, pip, 800, "pip", curl=1.5, stop=1),
-             (("capsule", (0, -0.0075, 0.006), (0, -0.0075, 0.024), 0.008),
-              ("capsule", (-0.0055, -0.028, 0.006), (-0.0055, -0.028, 0.024), 0.004),
-              ("capsule", (-0.0055, -0.042, 0.006), (-0.0055, -0.042, 0.024), 0.004),
-              ("capsule", (0.0025, -0.035, 0.015), (0.0125, -0.035, 0.015), 0.012)),
+             (("box", (0, -0.0065, 0.015), (0.009, 0.012, 0.017)),
+              ("box", (0.0075, -0.0345, 0.015), (0.017, 0.0115, 0.013))),
              (((0, -0.020, 0.015), (0.008, 0.003, 0.013)),
               ((0, -0.016, 0.015), (0.010, 0.002, 0.017)),
               ((0, -0.0045, 0.030), (0.007, 0.010, 0.002)),
@@ -109,7 +107,7 @@ def _finger(prefix, base, motor, grasp):
              0.016, (-0.000879, -0.027019, 0.014594),
              (0.702905, 0.710643, -0.021294, -0.02142), (3.71863e-06, 3.02396e-06, 1.6518e-06),
              Joint(f"{prefix}_dip", motor + 3, -0.366, 2.042, dip, 800, "dip", curl=1.2),
-             (("capsule", (0, -0.0075, 0.006), (0, -0.0075, 0.023), 0.009),
+             (("box", (0, -0.0075, 0.0145), (0.009, 0.0125, 0.0175)),
               ("capsule", (-0.0008, -0.0311, 0.0146), (-0.0008, -0.0385, 0.0146), 0.0115)),
              (((0, -0.017, 0.015), (0.010, 0.003, 0.015)),
               ((0, -0.006, 0.030), (0.007, 0.011, 0.002)),
@@ -157,8 +155,8 @@ LINKS = (
          0.038, (-0.002059, 0.015912, -0.013733),
          (0.698518, 0.697382, -0.104933, 0.121324), (9.87104e-06, 9.32653e-06, 4.36203e-06),
          Joint("th_mcp", 14, -0.47, 2.443, 0.953, 800, "mcp", curl=0.4),
-         (("capsule", (0, 0.008, -0.0145), (0, 0.024, -0.0145), 0.012),
-          ("capsule", (0, 0.038, -0.006), (0, 0.038, -0.022), 0.008)),
+         (("box", (-0.002, 0.0105, -0.014), (0.012, 0.020, 0.012)),
+          ("box", (0, 0.0405, -0.014), (0.009, 0.0115, 0.017))),
          (((0, 0.0105, -0.014), (0.010, 0.020, 0.012)),
           ((0, 0.031, -0.015), (0.010, 0.002, 0.016)),
           ((0, 0.042, 0.001), (0.007, 0.010, 0.002)),
@@ -168,7 +166,8 @@ LINKS = (
          0.049, (0.000962, -0.024203, -0.014419),
          (0.35287, 0.311272, -0.632839, 0.614904), (2.08591e-05, 2.0402e-05, 4.71335e-06),
          Joint("th_ipl", 15, -1.34, 1.88, -0.138, 800, "ipl", curl=1.6),
-         (("capsule", (0, 0, -0.0145), (0, -0.024, -0.0145), 0.0115),
+         (("box", (0, -0.0105, -0.0145), (0.010, 0.0205, 0.0125)),
+          ("box", (0.0145, -0.0175, -0.0115), (0.0045, 0.012, 0.009)),
           ("capsule", (-0.0008, -0.043, -0.0144), (-0.0008, -0.0506, -0.0144), 0.0115)),
          (((0, -0.0085, -0.015), (0.010, 0.018, 0.012)),
           ((0, -0.029, -0.014), (0.010, 0.002, 0.015)),
@@ -182,7 +181,6 @@ TIPS = {                         # fingertip link: centre of the tip (m) in its 
 
 # Control, and the motors: what one does, XL330, identified in "Better Actuator Models"
 # (arXiv 2410.08650); numbers, or one for each joint. duty = P gain * error in counts / FULL_DUTY.
-CONTROL_HZ = 20
 MAX_STEP = 0.12                  # rad per command: far above a policy's 1/24 and its correction
 MOVE_SPEED = 1.0                 # rad/s, of slow moves to a start pose
 D_GAIN = 200
@@ -246,7 +244,7 @@ for link in LINKS:
         OUTER.add(link.name)
 OTHERS = ("HAND WATCH stages D_GAIN MODELS CURRENT_LIMIT VOLTAGE SAG RUB RUB_STRIBECK LOAD "
           "LOAD_STRIBECK VISCOUS STRIBECK_EXPONENT BACKLASH BOX CAMERA").split()
-POSITIVE = ("CONTROL_HZ MAX_STEP MOVE_SPEED CURRENT SUPPLY COUNT RPM FULL_DUTY KT RESISTANCE "
+POSITIVE = ("MAX_STEP MOVE_SPEED CURRENT SUPPLY COUNT RPM FULL_DUTY KT RESISTANCE "
             "ARMATURE FRICTION STRIBECK_SPEED REACH SCALE BALLS").split()
 
 
@@ -312,6 +310,9 @@ TORQUE = KT * CURRENT                            # N m: 0.128
 
 
 # ------------------------------------------------------------------------------- the interface
+CONTROL_HZ = 20                  # of every hand: the method's, as its episodes of 400 steps
+
+
 class Problem(Exception):
     """Something the user can mend. Printed as one line; exit status 2."""
 
@@ -469,7 +470,10 @@ NO_PORT = {
 
 def find_port():
     """The serial device of a U2D2 (FTDI FT232H), by its stable name; None without."""
-    from serial.tools.list_ports import comports
+    try:
+        from serial.tools.list_ports import comports
+    except ImportError:          # it comes with dynamixel-sdk
+        return None
     found = [stable_name(p.device) for p in comports() if (p.vid, p.pid) == (0x0403, 0x6014)]
     if len(found) > 1:
         raise Problem(f"{len(found)} adapters found ({', '.join(found)}): choose one with --port")

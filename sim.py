@@ -148,8 +148,10 @@ def rotate(a, v):
     return v + 2 * np.cross(u, np.cross(u, v) + a[..., :1] * v)
 
 
-def rotation_vector(a):
-    """Axis times angle (n, 3) of quaternions (n, 4), angle in [0, pi]."""
+def rotation_between(before, after):
+    """Axis times angle (n, 3) rad, at most pi, of the turn from orientation `before` to `after`
+    (n, 4)."""
+    a = multiply(after, conjugate(before))
     a = np.where(a[..., :1] < 0, -a, a)
     s = np.linalg.norm(a[..., 1:], axis=-1, keepdims=True)
     angle = 2 * np.arctan2(s, a[..., :1])
@@ -159,11 +161,6 @@ def rotation_vector(a):
 def from_axis_angle(axis, angle):
     axis, angle = np.asarray(axis, float), np.asarray(angle, float)[..., None]
     return np.concatenate([np.cos(angle / 2), np.sin(angle / 2) * axis], -1)
-
-
-def rotation_between(before, after):
-    """Axis times angle (n, 3) rad of the turn that takes orientation `before` to `after` (n, 4)."""
-    return rotation_vector(multiply(after, conjugate(before)))
 
 
 # ---------------------------------------------------------------------------------- objects
@@ -248,7 +245,7 @@ FAMILIES = {
         box(0.03, 0.03, 0.1),
         box(0.03, 0.04, 0.12),
         box(0.035, 0.035, 0.14),
-        box(0.027, 0.027, 0.135),
+        box(0.027, 0.027, 0.144),
         box(0.024, 0.024, 0.16),
     ],
     "small": [cylinder(d, d / 2 * ratio) for d in (0.025, 0.03, 0.035)
@@ -599,7 +596,9 @@ WRIST_ERROR = np.radians(5)      # how wrong a wrist is held, at most
 CONTACT_TIME = 0.017, 0.030      # s, time constant of a contact with the object
 STIFFNESS = 0.70, 1.05           # share of the table's
 DRY_FRICTION = 0.7, 2.5          # share of the table's
-LOAD_FRICTION = 0.0, 0.35        # N m of friction per N m of a motor: loaded gears rub more
+LOAD_FRICTION = 0.0, 0.4         # N m of friction per N m of a motor: loaded gears rub more, those
+                                 # of an XL330 about 0.25
+UNEVEN = 0.7, 1.3                # share of it, from joint to joint
 ZERO_ERROR = np.radians(0.7)     # +- rad, of an encoder
 DELAY = 0.0, 0.015               # s, of a command, and of a reading
 
@@ -624,7 +623,9 @@ def _varied_links(rng):
         is_tip = link.name in H.TIPS
         boxes = tuple((centre, tuple(half + rng.uniform(-WIDTH, WIDTH, 3)), *quat)
                       for centre, half, *quat in link.boxes)
-        shapes = list(link.shapes)
+        shapes = [(kind, centre, tuple(size + rng.uniform(-WIDTH, WIDTH, 3)), *rest)
+                  if kind == "box" else (kind, centre, size, *rest)
+                  for kind, centre, size, *rest in link.shapes]
         if is_tip and egg:
             shapes[-1] = ("ellipsoid", *boxes[-1])
         elif is_tip:
@@ -804,7 +805,7 @@ class Rotation:
             model.actuator_gainprm[:, 0] = self.stiffness[i]
             model.actuator_biasprm[:, 1] = -self.stiffness[i]
             self.dry[i] = dry * self._usual.dof_frictionloss[:H.N]
-            self.rub[i] = far * rng.uniform(*LOAD_FRICTION, H.N)
+            self.rub[i] = level * rng.uniform(*LOAD_FRICTION) * rng.uniform(*UNEVEN, H.N)
             self.zero[i] = far * rng.uniform(-ZERO_ERROR, ZERO_ERROR, H.N)
         if "delay" in self.randomize:
             late = np.rint(rng.uniform(*DELAY, 2) * CONTROL_HZ * self.substeps).astype(int)
@@ -1161,19 +1162,20 @@ class VirtualHand(H.Hand):
         self._goal = self.target
         mujoco.mj_forward(m, d)
         self._reading = self._measure()
-        if self._holds_object:
-            self._close_fingers()
-        elif self.load == "balls":
-            self._let_balls_settle()
+        if self._holds_object:               # until the fingers have closed on it
+            m.opt.gravity[:] = 0
+            self._settle(slice(-6, None), (5, 5, 5, 0.01, 0.01, 0.01), 0.5)
+            m.opt.gravity[:], d.qvel[-6:] = self._gravity, 0
+        elif self.load == "balls":           # those that push limp fingers open jam them for good
+            self._settle(self._vadr, HELD, 1.0)
 
-    def _let_balls_settle(self):
-        """For a second, around fingers that somebody holds: balls that push them open at the start
-        jam them for the whole trajectory."""
-        damping = self._model.dof_damping[self._vadr].copy()
-        self._model.dof_damping[self._vadr] = HELD
-        for _ in range(CONTROL_HZ):
+    def _settle(self, held, damping, seconds):
+        """Somebody holds what moves along the degrees of freedom `held`, while the rest settles."""
+        usual = self._model.dof_damping[held].copy()
+        self._model.dof_damping[held] = damping
+        for _ in range(round(seconds * CONTROL_HZ)):
             self._write(self.target)
-        self._model.dof_damping[self._vadr] = damping
+        self._model.dof_damping[held] = usual
 
     def begin(self, trial):
         """Start a `Trial` with its object."""
@@ -1199,14 +1201,6 @@ class VirtualHand(H.Hand):
             m.geom_solref[m.geom_priority == 1] = self._softness, self._bounce
             surfaces = dict(rubber=self._rubber, plastic=self._plastic, patch=self._patch)
         set_object(m, self._data, mass, friction, centre, **surfaces)
-
-    def _close_fingers(self):
-        m, d = self._model, self._data
-        m.opt.gravity[:], m.dof_damping[-6:] = 0, (5, 5, 5, 0.01, 0.01, 0.01)
-        for _ in range(CONTROL_HZ // 2):
-            self._write(self.target)
-        m.opt.gravity[:], m.dof_damping[-6:] = self._gravity, 0
-        d.qvel[-6:] = 0
 
     # ---- one control step
     def _write(self, target):

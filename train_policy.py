@@ -96,7 +96,6 @@ class Task:
     def __init__(self, env):
         self.env = env
         self.goal = np.zeros((env.n, 4))
-        self.past_q, self.past_target = (np.zeros((env.n, self.PAST, H.N)) for _ in range(2))
         # how far its parts reach, by their sizes as MuJoCo takes them, in dm; and its primitive:
         # whatever is composed is neither
         self.shape = np.zeros((len(env.objects), 5))
@@ -110,31 +109,23 @@ class Task:
         self.holds = np.ones(len(env.cells), bool)
         self.start(np.arange(env.n))
 
-    def start(self, ids):
-        """Episodes that have just been reset in the environments `ids`."""
-        env = self.env
-        self.past_q[ids], self.past_target[ids] = env.measured[ids, None], env.target[ids, None]
-        self._set_goal(ids)
-
     def redirect(self, ids):
         """Another wrist and axis for the environments `ids`, which go on from where they are."""
         self.env.redirect(ids)
-        self._set_goal(ids)
+        self.start(ids)
 
-    def _set_goal(self, ids):
-        """The guiding goal: the object's own orientation, a quarter turn further about k."""
+    def start(self, ids):
+        """A guiding goal for the environments `ids`, whose episodes begin, or whose last goal was
+        reached: the object's own orientation, a quarter turn further about k."""
         env = self.env
         quarter = sim.from_axis_angle(env.axis[ids], np.full(len(ids), np.pi / 2))
         self.goal[ids] = sim.multiply(quarter, env.quat[ids])
 
     def advance(self):
         """Once after every `env.step`, before anything is reset."""
-        env = self.env
-        self.past_q = np.concatenate([self.past_q[:, 1:], env.measured[:, None]], 1)
-        self.past_target = np.concatenate([self.past_target[:, 1:], env.target[:, None]], 1)
         reached = self._goal_angle() < np.radians(15)
         reward = self._reward(reached)
-        self._set_goal(np.flatnonzero(reached))
+        self.start(np.flatnonzero(reached))
         return reward
 
     def _goal_angle(self):
@@ -175,15 +166,16 @@ class Task:
         makes a usual value about 1, and values (rad, m, rad/s, m/s, N, N m, kg)."""
         env = self.env
         n, (w, x, y, z) = env.n, env.quat.T
-        # two columns of the rotation matrix: q and -q, the same orientation, look the same
+        # six entries of the rotation matrix: q and -q, the same orientation, look the same
         turned = np.stack([
             1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * y + w * z),
             1 - 2 * (x * x + z * z), 2 * (x * z - w * y), 2 * (y * z + w * x)], 1)
         goal = sim.multiply(self.goal, sim.conjugate(env.quat))
         force = np.clip(env.contact[:, :, 1:], -3, 3)
+        past_q, past_target = np.moveaxis(env.history[:, -self.PAST:].double().numpy(), 2, 0)
         blocks = (
-            (2.0, self.past_q - H.GRASP),                        # 48  joint positions, 3 steps
-            (10.0, self.past_target - self.past_q),              # 48  targets: the load on each
+            (2.0, past_q - H.GRASP),                             # 48  joint positions, 3 steps
+            (10.0, past_target - past_q),                        # 48  targets: the load on each
             (0.5, env.dq),                                       # 16  joint velocities
             (20.0, env.tips - env.pos[:, None]),                 # 12  fingertips from the object
             (20.0, env.tips - sim.CENTRE),                       # 12  fingertips in the hand
@@ -543,7 +535,8 @@ class Training:
         self.env = sim.Rotation(
             args.envs // RANKS, sim.objects_of(family), args.wrist, args.axis,
             args.seed + 1000 * RANK, randomize=args.randomize, threads=max(cores, 1))
-        self.made = [self.env.cells, self.env.n, args.seed, sorted(args.randomize)]
+        geoms = sum(model.ngeom for model in self.env.models)            # of this hand as it is
+        self.made = [self.env.cells, self.env.n, args.seed, sorted(args.randomize), geoms]
         self.task = Task(self.env)
         self.curriculum = Curriculum(self.env, self.task)
         everyone = np.arange(self.env.n)
@@ -554,9 +547,8 @@ class Training:
         self.curriculum.born[:] = self.env.steps
         self.obs = self.task.observe()
         self.oracle = Oracle(self.obs.shape[1])
-        rate = SLOWEST if start else LEARNING_RATE       # a large first step forgets what is there
         self.optimizer = torch.optim.Adam(
-            self.oracle.parameters(), lr=rate, eps=1e-5, fused=True)
+            self.oracle.parameters(), lr=LEARNING_RATE, eps=1e-5, fused=True)
         if RANK:                                         # same weights, other noise
             torch.manual_seed(args.seed + 1000 * RANK)
         self.curve, self.steps, self.seconds = [], 0, 0.0
@@ -605,7 +597,7 @@ class Training:
             curve=[list(row) for row in self.curve], made=self.made,
             env=self.env.snapshot(), torch_rng=torch.get_rng_state(),
             task={name: torch.as_tensor(getattr(task, name))
-                  for name in ("goal", "past_q", "past_target", "holds")},
+                  for name in ("goal", "holds")},
             turned=torch.as_tensor(curriculum.turned), born=torch.as_tensor(curriculum.born),
             recent=curriculum.recent)
 
@@ -628,7 +620,7 @@ class Training:
                 torch.set_rng_state(saved["torch_rng"])
             self.steps, self.seconds = saved["steps"], saved["seconds"]
             self.curve = [Row(*row) for row in saved["curve"]]
-        except (KeyError, RuntimeError, TypeError):
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
             raise H.Problem(f"{self.path} was trained for something else; choose another --out")
         self.obs = self.task.observe()
 

@@ -1,19 +1,24 @@
 """The whole loop on many virtual hands, and how much of the gap it closes on each.
 
     python tests/study.py --hands 0 1 2 3 4 5 6 7 8 9              # 5 min a hand on 2 cores
+    python tests/study.py --hands 0 1 2 3 4 --apart     # 4 min more a hand: what costs how much
 
 For each hand: collect.py in its Chaos Box at every wrist, `deploy.py --base --record` of the task,
 fit_ndm.py, and `deploy.py --compare` on trials that none of these saw; just the scripts, as anyone
 would call them. Stopped and run again it goes on with what is missing, of trajectories too.
+--apart measures policy and residual also where only one thing of the hand differs from the training
+simulator, or all but its motors.
 
 reads   checkpoints/policy.pt
 writes  OUT/simK-*       data, models and residual of each hand
-        RESULTS/simK.json, RESULTS/gap.png
+        RESULTS/simK.json, RESULTS/simK-PART.json (with --apart), RESULTS/gap.png
 """
 import argparse
 import subprocess
 import sys
 from pathlib import Path
+
+import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -22,6 +27,7 @@ import tables
 import train_policy
 
 RECORDED, COMPARED = 1, 0                # seeds of the trials: what is recorded is no test
+PARTS = "motor", "shape", "contact", "object", "wrist", "shape+contact+object+wrist"
 
 
 def run(script, *words):
@@ -34,10 +40,9 @@ def run(script, *words):
 
 def study(k, args, wrists):
     """The loop on the virtual hand sim:k. Returns the file with its numbers."""
-    result = args.results / f"sim{k}.json"
+    result, port, policy = args.results / f"sim{k}.json", f"sim:{k}", args.policy
     if result.exists():
         return result
-    port, policy = f"sim:{k}", args.policy
     boxes = [args.out / f"sim{k}-{wrist}" for wrist in wrists]
     for wrist, folder in zip(wrists, boxes):
         run("collect.py", "--port", port, "--policy", policy, "--wrist", wrist,
@@ -49,10 +54,32 @@ def study(k, args, wrists):
                 "--episodes", args.recorded, "--seed", RECORDED, "--record", task)
         run("fit_ndm.py", "--data", *boxes, *[task] * bool(args.recorded), "--policy", policy,
             "--out", fitted)
-    run("deploy.py", "--compare", "--port", port, "--policy", policy, "--wrist", *wrists,
-        "--residual", fitted / "residual.pt", "--episodes", args.episodes, "--seed", COMPARED,
-        "--json", result)
+    compare(port, args, wrists, fitted / "residual.pt", result)
     return result
+
+
+def compare(port, args, wrists, residual, result):
+    if not result.exists():
+        run("deploy.py", "--compare", "--port", port, "--policy", args.policy, "--wrist", *wrists,
+            "--residual", residual, "--episodes", args.episodes, "--seed", COMPARED,
+            "--json", result)
+
+
+def take_apart(args, wrists):
+    """The lines of a table: over hands, what each part of the difference costs by itself."""
+    lines = [f"{'mean, 95 % +-':<29}" + "".join(
+        f"{f'{name}, {unit}':>17}" for unit in ("rad", "s") for name in tables.KINDS)]
+    for part in ("", *PARTS):
+        files = []
+        for k in args.hands:
+            files.append(args.results / f"sim{k}{part and '-'}{part}.json")
+            residual = args.out / f"sim{k}-ndm" / "residual.pt"
+            compare(f"sim:{k}:{part}", args, wrists, residual, files[-1])
+        rows = [tables.gap_row(report) for report in tables.read_gaps(files)]
+        mean, _, half = tables.over_hands(np.delete(rows, 3, 1))         # without the gain
+        lines.append(f"{part or 'everything':<29}" + "".join(
+            f"{m:>9.1f} +-{h:4.1f}" for m, h in zip(mean[:6], half)))
+    return lines
 
 
 def main():
@@ -63,6 +90,7 @@ def main():
     add("--hours", type=float, default=0.4, help="in the Chaos Box, all wrists together")
     add("--recorded", type=int, default=40, help="trials of the task a wrist; 0: the box alone")
     add("--episodes", type=int, default=40, help="trials a wrist that are compared")
+    add("--apart", action="store_true", help="also what each part of the difference costs")
     add("--policy", type=Path, default=Path("checkpoints/policy.pt"))
     add("--out", type=Path, default=Path("runs/study"))
     add("--results", type=Path, default=Path("results/study"))
@@ -72,6 +100,8 @@ def main():
     reports = tables.read_gaps(files)
     print("\n".join(tables.gap_table(reports)))
     tables.draw_gaps(reports, args.results / "gap.png")
+    if args.apart:
+        print("\n".join(take_apart(args, wrists)))
 
 
 if __name__ == "__main__":

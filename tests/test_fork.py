@@ -83,7 +83,6 @@ TIPS = {
     "mf_distal": (0, 0, 0.029),
     "ff_distal": (0, 0, 0.029),
 }
-CONTROL_HZ = 20
 MAX_STEP = 0.12
 MOVE_SPEED = 1.0
 D_GAIN = 200
@@ -171,7 +170,6 @@ TIPS = {
     "b3": (0, 0, 0.022),
     "c4": (0, 0, 0.02),
 }
-CONTROL_HZ = 20
 MAX_STEP = 0.12
 MOVE_SPEED = 1.0
 D_GAIN = 0
@@ -469,7 +467,7 @@ def test_an_mjcf_becomes_a_table(tmp_path):
     path = tmp_path / "gripper.xml"
     path.write_text(GRIPPER.format(fingers=fingers))
     printed = run(ROOT, "tests/mjcf.py", path)
-    rest = THREE[THREE.index("CONTROL_HZ"):]
+    rest = THREE[THREE.index("MAX_STEP"):]
     folder = forked(tmp_path / "fork", 'HAND = "gripper"\n' + printed + rest)
     built = run(folder, "-c", "import sim; s = sim.build(); s.compile(); print(s.to_xml())")
     ours, theirs = (mujoco.MjModel.from_xml_string(xml) for xml in (built, path.read_text()))

@@ -530,11 +530,12 @@ def test_after_a_fault_of_the_bus_deploy_offers_to_go_on(real, toy_policy, capsy
 
 
 def test_a_second_session_keeps_what_the_first_recorded(real, toy_policy, tmp_path):
-    for count in (2, 4):
+    for names in (["00000.npz", "00001.npz"], ["00001.npz", "00002.npz", "00003.npz"]):
         real(FakeHand(realtime=True))
         on_a_real_hand(toy_policy, tmp_path)
-        assert [p.name for p in shards(tmp_path)] == [f"{i:05d}.npz" for i in range(count)]
-    assert fit_ndm.load_shards([tmp_path])[2].tolist() == [0, 1, 2, 3]
+        assert [p.name for p in shards(tmp_path)] == names
+        (tmp_path / names[0]).unlink()                       # somebody looked, and it is no good
+    assert fit_ndm.load_shards([tmp_path])[2].tolist() == [2, 3]
 
 
 def test_deploy_saves_with_the_hand_at_rest(real, toy_policy, tmp_path, monkeypatch):
@@ -662,7 +663,7 @@ def bad_inputs(tmp, policy):
         "one folder for two wrists": ((*virtual, "--wrist", "palm_up", "base_up", *here, *into),
                                       "--out is the folder of one wrist"),
         "other trajectories there": ((*virtual, *here, "--out", shard(tmp / "other")),
-                                     "choose another --out"),
+                                     "choose another folder"),
         "trajectories of something else": (
             (*virtual, *here, "--out", shard(tmp / "alien", wrist=None)), "has no wrist"),
         "trajectories of an older version": (
@@ -681,6 +682,8 @@ def bad_inputs(tmp, policy):
                        *into), "several hands"),
         "tested on another hand": ((*fit(many), "--test", shard(tmp / "task", port="sim:9")),
                                    "sim:9"),
+        "tested on what is learned": ((*fit(many), "--test", tmp / "few" / ".." / "many"),
+                                      "--test"),
         "too few": (fit(shard(tmp / "few")), "too few"),
         "negative seed": (("--seed=-1", *fit(many)), "--seed"),
         "no price": (("--cost", "nan", *fit(many)), "--cost"),
@@ -698,6 +701,12 @@ def bad_inputs(tmp, policy):
         "no such object": ((*virtual, "--base", "--object", "kettle", *here), "kettle"),
         "an object that nobody knows": (
             ("--port", "/dev/ttyUSB99", "--object", "mug", *here), "virtual hand"),
+        "live at any wrist": ((*virtual, "--live", "--wrist", "any", "--base", *here), "palm_up"),
+        "about any axis on a real hand": (
+            ("--port", "/dev/ttyUSB99", "--axis", "any", "--base", *here), "z+"),
+        "recorded with another policy": (
+            (*virtual, "--base", "--record", shard(tmp / "taken", source="base"), *here),
+            "choose another folder"),
         "no episodes": ((*virtual, "--base", "--episodes", 0, *here), "--episodes"),
         "negative seed": ((*virtual, "--base", "--seed=-1", *here), "--seed"),
     }

@@ -132,9 +132,9 @@ def boxes(link, without=()):
     return [("box", *box) for k, box in enumerate(link.boxes) if k not in without]
 
 
-# which boxes are bulges of a motor on the outer side of the thumb, where no object comes
-BULGES = {"th_px": [4], "th_ds": [2]}
-# m, how far a shape may end beside the published boxes: capsules are round where boxes are square
+# the bulge of a motor on the outer side of the thumb, where nothing comes
+BULGES = {"th_px": [4]}
+# m, how far a shape may end beside the published boxes
 ACROSS_FINGER, ACROSS_THUMB, REACH = 0.0016, 0.0040, 0.0011
 
 
@@ -165,7 +165,7 @@ def meets_objects(model):
     return meets & (model.geom_contype == 0), meets & (model.geom_contype > 0)
 
 
-def test_objects_meet_the_published_boxes_and_fingers_each_others_round_shapes():
+def test_objects_meet_the_published_boxes_and_fingers_each_others_shapes():
     model = sim.build(CUBE[0]).compile()
     boxes, both = meets_objects(model)
     assert {model.geom(g).name for g in np.flatnonzero(both)} == {f"{tip}_tip" for tip in H.TIPS}
@@ -178,9 +178,10 @@ def test_objects_meet_the_published_boxes_and_fingers_each_others_round_shapes()
             assert model.geom_type[g] == mujoco.mjtGeom.mjGEOM_BOX
             assert model.geom_pos[g] == pytest.approx(centre)
             assert model.geom_size[g] == pytest.approx(half)
-    # the only boxes that a finger can meet are the palm's
+    # thin boxes that pass into each other make MuJoCo end the process: fingers have none
     fingers = (model.geom_contype > 0) & (model.geom_type == mujoco.mjtGeom.mjGEOM_BOX)
-    assert set(model.geom_bodyid[fingers]) == {model.body(b).id for b in ("palm", "object")}
+    fingers &= model.geom_bodyid != model.body("object").id
+    assert model.geom_size[fingers].min() > 0.004
 
 
 def test_a_link_without_published_boxes_meets_objects_with_its_shapes():
@@ -205,13 +206,16 @@ def test_quaternions_by_hand():
     assert sim.rotate(both, np.array([0.0, 0, 1])) == pytest.approx([1, 0, 0])
 
 
-def test_rotation_vector_takes_the_short_way_round():
+ONE = np.eye(4)[0]
+
+
+def test_a_rotation_takes_the_short_way_round():
     axis = np.array([2, -1, 2]) / 3
     for angle in (0.0, 1e-7, 0.3, 3.0):
         a = sim.from_axis_angle(axis, angle)
-        assert sim.rotation_vector(a) == pytest.approx(angle * axis, rel=1e-6, abs=1e-12)
-        assert sim.rotation_vector(-a) == pytest.approx(angle * axis, rel=1e-6, abs=1e-12)
-    long = sim.rotation_vector(sim.from_axis_angle(axis, 4.0))
+        assert sim.rotation_between(ONE, a) == pytest.approx(angle * axis, rel=1e-6, abs=1e-12)
+        assert sim.rotation_between(ONE, -a) == pytest.approx(angle * axis, rel=1e-6, abs=1e-12)
+    long = sim.rotation_between(ONE, sim.from_axis_angle(axis, 4.0))
     assert long == pytest.approx((4.0 - 2 * np.pi) * axis)
 
 
@@ -647,8 +651,8 @@ def test_each_kind_of_randomisation_changes_what_it_says_and_nothing_else(kind):
             assert 0.97 <= share[0, 0] <= 1.03
         if kind == "shape":
             assert np.array_equal(a[i].geom_size[held], b[i].geom_size[held])
-            boxes, tips = meets_objects(a[i])
-            tips &= ~held
+            boxes = (a[i].geom_type == mujoco.mjtGeom.mjGEOM_BOX) & ~held
+            tips = meets_objects(a[i])[1] & ~held
             off = np.abs(b[i].geom_size - a[i].geom_size)
             assert 0.0003 < off[boxes].max() <= 0.0007 and not off[~boxes & ~tips].any()
             egg = b[i].geom_type[tips][0] == mujoco.mjtGeom.mjGEOM_ELLIPSOID
@@ -682,7 +686,8 @@ def test_each_kind_of_randomisation_changes_what_it_says_and_nothing_else(kind):
     if kind == "motor":
         dry = env.dry / base.dry
         assert 0.7 <= dry.min() < dry.max() <= 2.5
-        assert 0 <= env.rub.min() < 0.1 < 0.25 < env.rub.max() <= 0.35
+        assert 0 <= env.rub.min() < 0.1 < 0.25 < env.rub.max() <= 0.4 * 1.3
+        assert (env.rub.max(1) <= env.rub.min(1) * 1.3 / 0.7).all()          # gears of one kind
         assert 0 < np.degrees(np.abs(env.zero)).max() <= 0.7
     if kind == "delay":                                      # to the nearest physics step
         for late in (env.command_delay, env.reading_delay):

@@ -52,7 +52,7 @@ def test_a_history_moves_on_once_a_step_whoever_else_falls():
     with torch.no_grad():
         T.roll_out(oracle, env, task, curriculum, task.observe())
     assert len(seen) == T.HORIZON and (env.steps[:3] < sim.EPISODE - 5).all()
-    assert task.past_q[5] == pytest.approx(np.array(seen[-3:]))
+    assert env.history[5, -3:, 0].numpy() == pytest.approx(np.array(seen[-3:]), rel=1e-6)
 
 
 def test_half_of_the_episodes_that_hold_go_on_from_where_they_are(monkeypatch):
@@ -69,7 +69,7 @@ def test_half_of_the_episodes_that_hold_go_on_from_where_they_are(monkeypatch):
         T.roll_out(oracle, env, task, curriculum, task.observe())
     assert not anew & {0, 1, 2} and env.steps[:3].tolist() == [T.HORIZON - 2] * 3
     assert len(curriculum.new) == 3 + len(anew)
-    assert task.past_q[0] == pytest.approx(np.array(seen[-3:]))
+    assert env.history[0, -3:, 0].numpy() == pytest.approx(np.array(seen[-3:]), rel=1e-6)
 
 
 def test_what_follows_a_fall_in_cloning_belongs_to_the_new_episode(tmp_path):

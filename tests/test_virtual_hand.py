@@ -367,8 +367,7 @@ def test_links_and_joint_axes_are_a_little_off_and_the_palm_is_not():
             off = np.abs(body.pos - meant.pos)
             axis, where = (sim.rotate(b.quat, np.array([0, 0, -1.0])) for b in (body, meant))
             angle = np.degrees(np.arccos(min(1, axis @ where)))
-            turn = np.linalg.norm(sim.rotation_vector(
-                sim.multiply(sim.conjugate(meant.quat), body.quat)))
+            turn = np.linalg.norm(sim.rotation_between(meant.quat, body.quat))
             if link.joint is None:
                 assert not off.any() and angle < 1e-5
                 continue
