@@ -61,7 +61,7 @@ RAISE_HELD = 0.6         # share of the episode
 LOWER = 0.5              # below this share of RAISE_RAD the level goes down again
 RAISE = 1 / 16
 ENOUGH = 192, 12         # episodes of all cells, and at least of one, before its level may change
-GO_ON = 0.5              # share of held episodes after which the next begins in mid-gait
+GO_ON = 0.5              # at level 1, share of held episodes after which the next begins in mid-gait
 
 # The generalist
 ROUNDS = 6, 12           # per oracle: the lesson, everything; of one episode in every environment
@@ -78,7 +78,7 @@ REDIRECT = 1 / 200       # of wrist and axis, chance per control step while the 
 C_ROT = 0.75, 0.6        # rad/s, clip of the rewarded rotation; paper 0.5
 A_ROT = 5.0              # not given in the paper
 A_GOAL, GOAL_BONUS = 0.05, 1.0
-A_ROTP = 0.3, 0.8        # paper 0.1, from the 100th episode on: far too late and little here
+A_ROTP = 0.1, 0.8        # paper 0.1, from the 100th episode on: far too late and little here
 A_LIN, A_TORQUE = 0.3, 0.1
 A_WORK = 0.2             # paper 2.0, in another simulator's units: there it outweighs the rotation
 A_POSE = 1.0             # paper 0.3; at the end of a stroke it pays to lift the fingers and go back
@@ -463,7 +463,7 @@ def roll_out(oracle, env, task, curriculum, obs):
             # a time limit is no failure: the value of what would have come next goes on
             held = ended & ~env.fallen
             after = torch.where(torch.from_numpy(held), oracle.value(task.observe()), after)
-            go_on = held & (env.rng.random(env.n) < GO_ON)
+            go_on = held & (env.rng.random(env.n) < GO_ON * env.level[env.cell])
             anew, on = np.flatnonzero(ended & ~go_on), np.flatnonzero(go_on)
             env.reset(anew)
             task.start(anew)

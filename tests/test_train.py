@@ -61,6 +61,7 @@ def test_half_of_the_episodes_that_hold_go_on_from_where_they_are(monkeypatch):
     env, task = environment()
     env.steps[:3] = sim.EPISODE - 2
     curriculum, seen, anew = T.Curriculum(env, task), [], set()
+    env.level[:] = 1
     oracle, step, reset = T.Oracle(task.observe().shape[1]), env.step, env.reset
     oracle.log_std.data[:] = -5                              # or random actions let it fall
     env.step = lambda target: (step(target), seen.append(env.measured[0].copy()))
