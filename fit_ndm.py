@@ -192,6 +192,14 @@ class Residual(nn.Module):
         return BOUND * torch.tanh(self.net(x))
 
 
+def closing(correction):
+    """What of a correction (n, N) rad is sent to a hand: a joint is closed further, never opened;
+    those that spread fingers go both ways. A finger that f takes for too fast may be one that the
+    object stops, and opening it would let the object go. (A residual that learns under this bound
+    closes everything a little and helps less.)"""
+    return torch.where(torch.tensor(H.SIDE), correction, correction.clamp(min=0))
+
+
 def load_residual(path):
     """The residual in `path` and what else the file says, see `train_policy.load_network`."""
     return load_network(path, "residual", Residual)

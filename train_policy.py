@@ -61,7 +61,7 @@ RAISE_HELD = 0.6         # share of the episode
 LOWER = 0.5              # below this share of RAISE_RAD the level goes down again
 RAISE = 1 / 16
 ENOUGH = 192, 12         # episodes of all cells, and at least of one, before its level may change
-GO_ON = 0.5              # at level 1, share of held episodes after which the next begins in mid-gait
+GO_ON = 0.5              # at level 1, share of held episodes after which another task goes on
 
 # The generalist
 ROUNDS = 6, 12           # per oracle: the lesson, everything; of one episode in every environment

@@ -316,6 +316,9 @@ def test_the_correction_is_bounded_and_starts_at_nothing():
     torch.nn.init.normal_(residual.net[-1].weight, std=1000)
     c = residual(seen, move)
     assert c.abs().max() <= F.BOUND and c.abs().max() > 0.99 * F.BOUND
+    sent = F.closing(c)
+    assert sent[:, ~H.SIDE].min() == 0 and torch.equal(sent[:, H.SIDE], c[:, H.SIDE])
+    assert torch.equal(sent[c > 0], c[c > 0])
 
 
 # -------------------------------------------------------------------------------------- the data
