@@ -168,22 +168,22 @@ def trajectory(hand, job, index, sequence):
     return Outcome(index, jams, lag, np.abs(data["current"]).mean())
 
 
-def there(job):
-    """Numbers of the trajectories in the folder, and of those that jammed. Raises `Problem` if
-    they are of something else: a folder goes on only with what it began."""
-    saved = sorted(job.folder.glob("[0-9]*.npz"))
+def there(folder, facts):
+    """Numbers of the trajectories in a folder, and of those that jammed. Raises `Problem` if
+    they are of something else than `facts`: a folder goes on only with what it began."""
+    saved = sorted(folder.glob("[0-9]*.npz"))
     if saved:
-        old = sim.load_npz(saved[0], *job.facts, "sequence")
-        for name, value in job.facts.items():
+        old = sim.load_npz(saved[0], *facts, "sequence")
+        for name, value in facts.items():
             if str(old[name]) != str(value):
-                raise H.Problem(f"{job.folder} holds trajectories with {name} {old[name]}, "
+                raise H.Problem(f"{folder} holds trajectories with {name} {old[name]}, "
                                 f"not {value}; choose another folder")
-    jammed = job.folder.glob("[0-9]*.jammed")
+    jammed = folder.glob("[0-9]*.jammed")
     return {int(path.stem) for path in saved}, {int(path.stem) for path in jammed}
 
 
 def missing(job):
-    return sorted(set(range(job.total)).difference(*there(job)))
+    return sorted(set(range(job.total)).difference(*there(job.folder, job.facts)))
 
 
 def processes(workers):
@@ -233,7 +233,7 @@ def on_a_real_hand(hand, job, todo, targets, say):
 
 def run(job, hand, workers, policy, content):
     """Collect what is missing; `hand` is None for a virtual one, which every process has."""
-    saved, given_up = there(job)
+    saved, given_up = there(job.folder, job.facts)
     todo, before = missing(job), len(saved)
     targets = sequences(job, policy, content)
     jams, faults, row = 0, 0, 0

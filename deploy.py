@@ -52,7 +52,7 @@ import numpy as np
 import torch
 
 import hand as H
-from collect import Job, processes, there
+from collect import processes, there
 from fit_ndm import closing, load_residual
 from train_policy import act, digest, load_policy
 
@@ -98,6 +98,11 @@ def facts(args):
     source = "base" if args.base else "base + residual"
     return dict(hand=H.HAND, source=source, seed=args.seed, port=args.port,
                 policy=digest(args.policy))
+
+
+def recorded(args):
+    """Numbers of the episodes in the folder of --record. Raises `Problem` if it holds others."""
+    return there(args.record, facts(args))[0] if args.record else set()
 
 
 def save_episode(args, data, wrist, load, index):
@@ -172,6 +177,7 @@ def on_the_hand(pool, args, wrist, trials, residual):
 def on_a_virtual_hand(args, policy):
     """Prints what was measured, and writes it with --json. Trials with the same number are the
     same task at every wrist: their mean over wrists is one number."""
+    recorded(args)                                       # raises before anything is measured
     objects, parts = sim.objects_of(args.object), {}
     with processes(args.workers) as pool:
         for wrist in args.wrist:
@@ -345,7 +351,7 @@ def on_a_real_hand(args, policy, residual):
     """Episodes one after the other. When the bus fails the hand lets go, and whoever stands by
     decides whether to begin that episode again; without a terminal the script ends."""
     wrist, axis, number, watched = args.wrist[0], args.axis[0], 0, sys.stdin.isatty()
-    recorded = max(there(Job(args.record, 0, {}))[0], default=-1) if args.record else 0
+    last = max(recorded(args), default=-1)
     with sim.open_hand(args.port) as hand:
         while number < args.episodes:
             try:
@@ -371,7 +377,7 @@ def on_a_real_hand(args, policy, residual):
             lag, current = np.abs(data["target"] - data["q"]), np.abs(data["current"])
             print(f"episode {number}: {len(data['q'])} steps, lag {lag.mean():.3f} rad, "
                   f"{1000 * current.mean():.0f} mA")
-            save_episode(args, data, wrist, "object", recorded + number)
+            save_episode(args, data, wrist, "object", last + number)
 
 
 # ------------------------------------------------------------------------------ see it, steer it
@@ -721,8 +727,6 @@ def main():
     policy, content = load_policy(args.policy)
     if args.benchmark:
         return benchmark(args, policy, content)
-    if args.record:
-        there(Job(args.record, 0, facts(args)))          # raises where it holds something else
     residual, fitted = (None, None) if args.base else load_residual(args.residual)
     args.object = args.object or "+".join(content["families"])
     note_what_differs(args, content, fitted)

@@ -588,8 +588,7 @@ WRIST_ERROR = np.radians(5)      # how wrong a wrist is held, at most
 CONTACT_TIME = 0.017, 0.030      # s, time constant of a contact with the object
 STIFFNESS = 0.70, 1.05           # share of the table's
 DRY_FRICTION = 0.7, 2.5          # share of the table's
-LOAD_FRICTION = 0.0, 0.4         # N m of friction per N m of a motor: loaded gears rub more, those
-                                 # of an XL330 about 0.25
+LOAD_FRICTION = 0.0, 0.4         # N m of friction per N m of a hand's motors; XL330: about 0.25
 UNEVEN = 0.7, 1.3                # share of it, from joint to joint
 ZERO_ERROR = np.radians(0.7)     # +- rad, of an encoder
 DELAY = 0.0, 0.015               # s, of a command, and of a reading
@@ -610,14 +609,15 @@ def tilted(wrist, rng, largest):
 def _varied_links(rng):
     """The table's links as somebody might make them: every part a little wider or narrower, tips a
     little longer or shorter and, on half of the hands, ellipsoids."""
+    def varied(half):
+        return tuple(half + rng.uniform(-WIDTH, WIDTH, 3))
+
     links, egg = [], rng.random() < 0.5
     for link in H.LINKS:
         is_tip = link.name in H.TIPS
-        boxes = tuple((centre, tuple(half + rng.uniform(-WIDTH, WIDTH, 3)), *quat)
-                      for centre, half, *quat in link.boxes)
-        shapes = [(kind, centre, tuple(size + rng.uniform(-WIDTH, WIDTH, 3)), *rest)
-                  if kind == "box" else (kind, centre, size, *rest)
-                  for kind, centre, size, *rest in link.shapes]
+        boxes = tuple((centre, varied(half), *quat) for centre, half, *quat in link.boxes)
+        shapes = [(kind, centre, varied(place) if kind == "box" else place, *rest)
+                  for kind, centre, place, *rest in link.shapes]
         if is_tip and egg:
             shapes[-1] = ("ellipsoid", *boxes[-1])
         elif is_tip:

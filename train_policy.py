@@ -596,8 +596,7 @@ class Training:
             optimizer=self.optimizer.state_dict(),
             curve=[list(row) for row in self.curve], made=self.made,
             env=self.env.snapshot(), torch_rng=torch.get_rng_state(),
-            task={name: torch.as_tensor(getattr(task, name))
-                  for name in ("goal", "holds")},
+            task={name: torch.as_tensor(getattr(task, name)) for name in ("goal", "holds")},
             turned=torch.as_tensor(curriculum.turned), born=torch.as_tensor(curriculum.born),
             recent=curriculum.recent)
 

@@ -59,25 +59,26 @@ def study(k, args, wrists):
 
 
 def compare(port, args, wrists, residual, result):
-    if not result.exists():
-        run("deploy.py", "--compare", "--port", port, "--policy", args.policy, "--wrist", *wrists,
-            "--residual", residual, "--episodes", args.episodes, "--seed", COMPARED,
-            "--json", result)
+    run("deploy.py", "--compare", "--port", port, "--policy", args.policy, "--wrist", *wrists,
+        "--residual", residual, "--episodes", args.episodes, "--seed", COMPARED, "--json", result)
 
 
 def take_apart(args, wrists):
     """The lines of a table: over hands, what each part of the difference costs by itself."""
     lines = [f"{'mean, 95 % +-':<29}" + "".join(
         f"{f'{name}, {unit}':>17}" for unit in ("rad", "s") for name in tables.KINDS)]
-    for part in ("", *PARTS):
+    for part in ("everything", *PARTS):
         files = []
         for k in args.hands:
-            files.append(args.results / f"sim{k}{part and '-'}{part}.json")
-            residual = args.out / f"sim{k}-ndm" / "residual.pt"
-            compare(f"sim:{k}:{part}", args, wrists, residual, files[-1])
+            # with everything foreign it is what `study` has measured
+            name = f"sim{k}" if part == "everything" else f"sim{k}-{part}"
+            files.append(args.results / f"{name}.json")
+            if not files[-1].exists():
+                residual = args.out / f"sim{k}-ndm" / "residual.pt"
+                compare(f"sim:{k}:{part}", args, wrists, residual, files[-1])
         rows = [tables.gap_row(report) for report in tables.read_gaps(files)]
         mean, _, half = tables.over_hands(np.delete(rows, 3, 1))         # without the gain
-        lines.append(f"{part or 'everything':<29}" + "".join(
+        lines.append(f"{part:<29}" + "".join(
             f"{m:>9.1f} +-{h:4.1f}" for m, h in zip(mean[:6], half)))
     return lines
 

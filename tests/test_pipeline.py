@@ -236,7 +236,7 @@ def test_a_trajectory_that_always_jams_is_given_up_for_good(tmp_path):
     assert hand.boxes == [(collect.ATTEMPTS + k, collect.TAKEN_OUT * k) for k in attempts]
     assert outcome.lag is None and len(outcome.jams) == collect.ATTEMPTS
     assert shards(tmp_path) == [] and collect.missing(job) == [0, 2]
-    assert collect.there(job) == (set(), {1})
+    assert collect.there(job.folder, job.facts) == (set(), {1})
     assert (tmp_path / "00001.jammed").read_text().count("mf_mcp jammed") == collect.ATTEMPTS
 
 
