@@ -19,12 +19,16 @@ Run it again and it goes on after the last whole trajectory. Errors of the bus, 
 an unplugged adapter cost the running trajectory, nothing more.
 """
 import argparse
+import contextlib
 import functools
 import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import NamedTuple
 
@@ -186,10 +190,27 @@ def missing(job):
     return sorted(set(range(job.total)).difference(*there(job.folder, job.facts)))
 
 
+@contextlib.contextmanager
 def processes(workers):
-    """A pool of processes that leave Ctrl-C to this one."""
-    context = multiprocessing.get_context("spawn")
-    return context.Pool(workers, signal.signal, (signal.SIGINT, signal.SIG_IGN))
+    """A `ProcessPoolExecutor` whose processes leave Ctrl-C to this one. On the way out what has
+    begun is finished, the rest is not begun. Raises `Problem` if one of them is killed."""
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), in_a_process)
+    try:
+        yield pool
+    except BrokenProcessPool:
+        raise H.Problem("a worker process was killed, perhaps for want of memory: run this again, "
+                        "with fewer --workers")
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def in_a_process():
+    def outlived():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=outlived, daemon=True).start()
 
 
 @functools.cache
@@ -207,9 +228,8 @@ def on_a_worker(job, index, sequence):
 def on_virtual_hands(workers, job, todo, targets):
     """As `on_a_real_hand`, on all cores."""
     with processes(workers) as pool:
-        results = [pool.apply_async(on_a_worker, (job, i, targets[i % SEQUENCES])) for i in todo]
-        for result in results:
-            yield result.get()
+        for result in [pool.submit(on_a_worker, job, i, targets[i % SEQUENCES]) for i in todo]:
+            yield result.result()
 
 
 def on_a_real_hand(hand, job, todo, targets, say):

@@ -167,7 +167,7 @@ def on_the_hand(pool, args, wrist, trials, residual):
             for i, trial in enumerate(trials)]
     label = "residual" if residual else "base"
     bar, rows = sim.Progress(f"{args.port} {wrist} {label}", len(trials)), []
-    for result in pool.imap(measured_episode, jobs):
+    for result in pool.map(measured_episode, jobs):
         rows.append(result)
         turned, held = (np.mean([row[name] for row in rows]) for name in ("RotR", "TTF"))
         bar(len(rows), f"{turned / HZ:.2f} rad, {held:.1f} s")

@@ -395,6 +395,8 @@ def build(obj=None, *, links=H.LINKS, balls=None, wrist=(1, 0, 0, 0), cone="elli
     option.jacobian = mujoco.mjtJacobian.mjJAC_DENSE
     # the same trajectories as with 100 iterations and 1e-8, faster
     option.iterations, option.tolerance = 20, 1e-7
+    # a tree of boxes for each link costs more than it saves where a link has a few shapes
+    option.disableflags |= mujoco.mjtDisableBit.mjDSBL_MIDPHASE
 
     _add_hand(spec, links, backlash, *(
         np.broadcast_to(np.asarray(value, float), (H.N,))

@@ -75,10 +75,10 @@ REDIRECT = 1 / 200       # of wrist and axis, chance per control step while the 
 # ------------------------------------------------------------------------------------- reward
 # r = a_rot r_rot + a_goal r_goal + a_pen r_pen
 # A pair is for the level 0 and 1 of the curriculum: turning is found first, then it must hold.
-C_ROT = 0.75, 0.6        # rad/s, clip of the rewarded rotation; paper 0.5
+C_ROT = 0.75             # rad/s, clip of the rewarded rotation; paper 0.5
 A_ROT = 5.0              # not given in the paper
 A_GOAL, GOAL_BONUS = 0.05, 1.0
-A_ROTP = 0.1, 0.8        # paper 0.1, from the 100th episode on: far too late and little here
+A_ROTP = 0.1, 0.5        # paper 0.1, from the 100th episode on: far too late and little here
 A_LIN, A_TORQUE = 0.3, 0.1
 A_WORK = 0.2             # paper 2.0, in another simulator's units: there it outweighs the rotation
 A_POSE = 1.0             # paper 0.3; at the end of a stroke it pays to lift the fingers and go back
@@ -142,9 +142,8 @@ class Task:
         env = self.env
         k, torque = env.axis, self.torque()
         level = env.level[env.cell]
-        c_rot, a_rotp, penalty = (
-            np.interp(level, (0, 1), pair) for pair in (C_ROT, A_ROTP, FALL_PENALTY))
-        r_rot = np.clip((env.omega * k).sum(1), -c_rot, c_rot)
+        a_rotp, penalty = (np.interp(level, (0, 1), pair) for pair in (A_ROTP, FALL_PENALTY))
+        r_rot = np.clip((env.omega * k).sum(1), -C_ROT, C_ROT)
         a_rot = A_ROT * np.where(self.holds, 1.0, 0.5)[env.cell]
         r_goal = np.clip(0.2 / (self._goal_angle() + 0.1), 0, 1) + GOAL_BONUS / A_GOAL * reached
         r_pen = (

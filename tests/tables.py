@@ -12,7 +12,6 @@ palm up, for 5 s; then axis, wrist or both change, as a person would change them
 """
 import argparse
 import json
-import multiprocessing
 import os
 import sys
 from pathlib import Path
@@ -20,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import collect
 import deploy
 import hand as H
 import sim
@@ -196,9 +196,9 @@ def steering_table(args):
     kinds = {"base": None, "residual": args.residual}
     jobs = [(args.port, args.policy, residual, trial, words) for residual in kinds.values()
             for words in CHANGES.values() for trial in trials]
-    with multiprocessing.get_context("spawn").Pool(args.workers) as pool:
+    with collect.processes(args.workers) as pool:
         bar, results = sim.Progress("steer", len(jobs)), []
-        for result in pool.imap(steered, jobs):
+        for result in pool.map(steered, jobs):
             results.append(result or (np.nan, np.nan))
             bar(len(results))
     # (residual, change, trial, rad or s)

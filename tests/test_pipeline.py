@@ -9,6 +9,7 @@ import re
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import time
 
@@ -613,6 +614,31 @@ def test_collection_goes_on_after_a_kill_and_after_ctrl_c(how, toy_policy, tmp_p
     assert f"{8 - len(kept)} new" in said
     assert all((tmp_path / name).read_bytes() == data for name, data in kept.items())
     assert len(fit_ndm.load_shards([tmp_path])[0]) == 8
+
+
+def workers(process):
+    """Process ids of the virtual hands that a script works with, or that it has left behind."""
+    rows = subprocess.check_output(["ps", "-wwAo", "pid=,pgid=,args="], text=True).splitlines()
+    return [int(pid) for pid, group, command in (row.split(None, 2) for row in rows)
+            if int(group) == process.pid and "spawn_main" in command]
+
+
+@pytest.mark.parametrize("victim", ["worker", "script"])
+def test_nothing_waits_for_a_process_that_is_gone(victim, toy_policy, tmp_path):
+    process = start("collect.py", "--hours", 0.4, *HERE, "--source", "waves", "--load", "none",
+                    "--policy", toy_policy, "--out", tmp_path)
+    try:
+        until(process, lambda: len(shards(tmp_path)) >= 2)
+        os.kill(workers(process)[0] if victim == "worker" else process.pid, signal.SIGKILL)
+        process.wait(60)
+        end = time.monotonic() + 20
+        while workers(process):
+            assert time.monotonic() < end, "the virtual hands go on alone"
+            time.sleep(0.1)
+    finally:
+        status, _, err = finish(process)
+    if victim == "worker":
+        assert status == 2 and "Traceback" not in err and "a worker process was killed" in err, err
 
 
 # ------------------------------------------------------------------------------------- bad input
