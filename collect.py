@@ -50,6 +50,7 @@ JAM_STEPS = 30         # 1.5 s of it
 ATTEMPTS = 5           # with other balls and other noise, before a trajectory is given up
 TAKEN_OUT = 2          # balls, from a virtual hand's box, before each further attempt
 IN_A_ROW = 3           # given up: the box is too full
+FAULTS = 10            # of the bus in one trajectory: something is broken
 
 
 # --------------------------------------------------------------------------- what is replayed
@@ -172,10 +173,15 @@ def trajectory(hand, job, index, sequence):
     return Outcome(index, jams, lag, np.abs(data["current"]).mean())
 
 
+def trajectories(folder):
+    """The files of a folder that are trajectories, in order."""
+    return sorted(path for path in Path(folder).glob("*.npz") if path.stem.isdecimal())
+
+
 def there(folder, facts):
     """Numbers of the trajectories in a folder, and of those that jammed. Raises `Problem` if
     they are of something else than `facts`: a folder goes on only with what it began."""
-    saved = sorted(folder.glob("[0-9]*.npz"))
+    saved = trajectories(folder)
     if saved:
         old = sim.load_npz(saved[0], *facts, "sequence")
         for name, value in facts.items():
@@ -192,10 +198,15 @@ def missing(job):
 
 @contextlib.contextmanager
 def processes(workers):
-    """A `ProcessPoolExecutor` whose processes leave Ctrl-C to this one. On the way out what has
-    begun is finished, the rest is not begun. Raises `Problem` if one of them is killed."""
+    """A `ProcessPoolExecutor` whose processes leave Ctrl-C to this one; then the few jobs that have
+    been handed out are finished and the rest is not begun. Raises `Problem` if one is killed."""
+    workers = min(workers, 61)                           # the most on Windows
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), in_a_process)
     try:
+        usual = signal.signal(signal.SIGINT, signal.SIG_IGN)         # also while they start
+        for _ in range(workers):
+            pool.submit(int)
+        signal.signal(signal.SIGINT, usual)
         yield pool
     except BrokenProcessPool:
         raise H.Problem("a worker process was killed, perhaps for want of memory: run this again, "
@@ -244,6 +255,8 @@ def on_a_real_hand(hand, job, todo, targets, say):
             except H.BusError as error:
                 faults += 1
                 say(f"trajectory {index} lost: {error}")
+                if faults == FAULTS:
+                    raise H.Problem(f"{FAULTS} faults in one trajectory; the last: {error}")
                 hand.reconnect()
             finally:
                 for _, kind, text in hand.events[seen:]:

@@ -1,9 +1,9 @@
 r"""Stage 4: the policy, with or without the residual, on the hand at 20 Hz.
 
     python deploy.py --port sim:1 --wrist palm_down --episodes 3 --gif hand.gif
-    python deploy.py --port sim:1 --base --object duck --gif duck.gif
+    python deploy.py --port sim:1 --base --object duck --wrist palm_up --gif duck.gif
     python deploy.py --port sim:1 --compare --json results/sim1.json   # ceiling, base, residual
-    python deploy.py --port sim:1 --base --record data/sim1-task       # for fit_ndm.py
+    python deploy.py --port sim:1 --base --record data/sim1-task --seed 1      # for fit_ndm.py
     python deploy.py --benchmark --json results/benchmark.json         # the paper's table
     python deploy.py --port /dev/ttyUSB0 --wrist palm_up --axis +z     # a real hand
     python deploy.py --live             # see it, steer it, in a window or as text; any hand
@@ -19,8 +19,9 @@ line each (`wait 2.5` puts off the next, `wrist 0 1 0 0` is a quaternion w x y z
     o s q         object, reset, quit    take another object, start over, let go (so does the end)
 
 reads   checkpoints/policy.pt, checkpoints/residual.pt (--base runs without it)
-writes  with --gif a film of the first episode (--live: minute), with --json the numbers, with
-        --record one .npz for each episode that lasted 20 s
+writes  with --gif a film of the first episode (--live: minute; several wrists: NAME-WRIST.gif),
+        with --json the numbers, with --record one .npz for each episode in which the object stayed
+        for 20 s: trials of another --seed than those that are to be measured
 
 A virtual hand is also measured: RotR = sum over steps of omega . k (RotR / 20 = radians turned),
 TTF = seconds until the object fell, RotP = mean of |omega x k|. --compare gives the same trials
@@ -93,22 +94,20 @@ class Controller:
         return self.sent
 
 
-def facts(args):
-    """What all episodes in a folder of --record have in common."""
-    source = "base" if args.base else "base + residual"
-    return dict(hand=H.HAND, source=source, seed=args.seed, port=args.port,
-                policy=digest(args.policy))
-
-
 def recorded(args):
-    """Numbers of the episodes in the folder of --record. Raises `Problem` if it holds others."""
-    return there(args.record, facts(args))[0] if args.record else set()
+    """Numbers of the episodes in the folder of --record. Raises `Problem` if it holds episodes of
+    something else than `args.facts`, which this sets: what all in a folder have in common."""
+    source = "base" if args.base else f"base + residual {digest(args.residual)}"
+    args.facts = dict(
+        hand=H.HAND, source=source, seed=args.seed, port=args.port, policy=digest(args.policy),
+        wrists=" ".join(args.wrist), axes=" ".join(args.axis), objects=args.object)
+    return there(args.record, args.facts)[0] if args.record else set()
 
 
 def save_episode(args, data, wrist, load, index):
     """With --record, an episode that lasted 20 s as a trajectory like those of collect.py."""
     if args.record and len(data["q"]) == sim.EPISODE:
-        sim.save_npz(args.record / f"{index:05d}.npz", **data, **facts(args), wrist=wrist,
+        sim.save_npz(args.record / f"{index:05d}.npz", **data, **args.facts, wrist=wrist,
                      load=load, index=index, sequence=index, sigma=0.0)
 
 
@@ -340,9 +339,9 @@ def draw_benchmark(cells, args, path):
 
 
 # ---------------------------------------------------------------------------------- on a real hand
-def agreed(text):
+def agreed(text, otherwise="then Enter; q to stop"):
     try:
-        return input(f"{text}, then Enter; q to stop: ").strip().lower() != "q"
+        return input(f"{text}, {otherwise}: ").strip() == ""
     except EOFError:
         return False
 
@@ -371,13 +370,17 @@ def on_a_real_hand(args, policy, residual):
                 print(f"episode {number + 1} is lost: {error}")
                 if not agreed("mend that"):
                     return
+                print("looking for the hand for up to 10 minutes; Ctrl-C ends that", flush=True)
                 hand.reconnect()
                 continue
             number += 1
             lag, current = np.abs(data["target"] - data["q"]), np.abs(data["current"])
             print(f"episode {number}: {len(data['q'])} steps, lag {lag.mean():.3f} rad, "
                   f"{1000 * current.mean():.0f} mA")
-            save_episode(args, data, wrist, "object", last + number)
+            # nothing here sees an object fall
+            if not args.record or not watched or agreed(
+                    "did the object stay for 20 s?", "Enter; n leaves the episode out"):
+                save_episode(args, data, wrist, "object", last + number)
 
 
 # ------------------------------------------------------------------------------ see it, steer it
@@ -624,10 +627,24 @@ def live_on_a_real_hand(args, policy, residual, steering):
         """A tick of the move to the grasp, which `hold` and `quit` stop as well."""
         type(hand).tick(hand)
         while held_back():
+            hand.read()                      # it looks after the motors
             hand.command(hand.target)
             type(hand).tick(hand)
         if steering.wish == "quit":
             sys.exit()
+
+    def wait_for_the_hand(error):
+        """Until somebody has mended it and says go, or quits."""
+        while error and steering.wish != "quit":
+            say(f"{error}\nmend that, then go (g)")
+            steering.holding, error = True, None
+            while held_back():
+                time.sleep(1 / HZ)
+            try:
+                if steering.wish != "quit":
+                    hand.reconnect(patience=0)
+            except H.Problem as problem:
+                error = problem
 
     def act_as_told(q):
         steering.steer(controller, residual)
@@ -649,12 +666,7 @@ def live_on_a_real_hand(args, policy, residual, steering):
                 while not steering.wish:
                     H.drive(hand, act_as_told, sim.EPISODE, watch)
             except H.BusError as error:
-                say(f"{error}\nmend that, then go (g)")
-                steering.holding = True
-                while held_back():
-                    time.sleep(1 / HZ)
-                if steering.wish != "quit":
-                    hand.reconnect()
+                wait_for_the_hand(error)
 
 
 # ------------------------------------------------------------------------------------ command line
@@ -696,7 +708,8 @@ def arguments():
         raise H.Problem("--episodes and --workers must be at least 1, --seed at least 0")
     other = args.live or args.compare or args.base or args.record or args.gif or args.object
     if args.benchmark and other:
-        raise H.Problem("--benchmark goes with --policy, --wrist, --axis, --episodes and --json")
+        raise H.Problem("--benchmark goes with --policy, --wrist, --axis, --episodes, --seed and "
+                        "--json")
     if args.live and (args.compare or args.record or args.json):
         raise H.Problem("--live measures and records nothing: it goes with none of --compare, "
                         "--record and --json")
@@ -730,6 +743,11 @@ def main():
     residual, fitted = (None, None) if args.base else load_residual(args.residual)
     args.object = args.object or "+".join(content["families"])
     note_what_differs(args, content, fitted)
+    with torch.no_grad():                    # a first call is slow: not while the hand waits for it
+        seen = torch.zeros(1, sim.OBSERVED)
+        move = policy(seen)
+        if residual:
+            residual(seen, move)
     if args.live:
         live(args, policy, residual, content)
     elif args.port.startswith("sim:"):

@@ -35,7 +35,7 @@ import torch.nn as nn
 from mujoco import rollout
 
 import hand as H
-from collect import SIGMA
+from collect import SIGMA, trajectories
 from sim import W
 from train_policy import (
     Normalizer, digest, load_network, load_policy, mlp, save_checkpoint, simulate)
@@ -322,7 +322,7 @@ def load_shards(folders):
     hand, on several hands, on NaN and broken files."""
     q, a, sequence, ports = [], [], [], {}
     for folder in folders:
-        files = sorted(Path(folder).glob("[0-9]*.npz"))
+        files = trajectories(folder)
         if not files:
             raise H.Problem(f"{folder} holds no trajectories; run collect.py first, or name the "
                             "folder that it printed")
@@ -496,6 +496,9 @@ def main():
         if other != port:
             raise H.Problem(f"--test is of the hand {other}, --data of {port}: they must be of one "
                             "hand")
+        if (task[1].flatten(1)[:, None] == a.flatten(1)).all(2).any():
+            raise H.Problem("--test holds an episode that is in --data as well: record it with "
+                            "another --seed")
         sets["off distribution: the task, with an object"] = task
     data = simulated_episodes(args)
     # What a blocked joint does next depends on what blocks it. Balls alone teach f that everything

@@ -319,7 +319,7 @@ class Problem(Exception):
 
 class BusError(Problem):
     """The hand did not do its part (lost answers, a motor's shutdown, an unplugged adapter) and has
-    let go: torque is off. To go on: `reconnect()`, then `move_to()`."""
+    let go: torque is off wherever that can be said. To go on: `reconnect()`, then `move_to()`."""
 
 
 def run(main):
@@ -341,6 +341,8 @@ def atomic_file(path, mode="wb"):
     """A file to write to that becomes `path` when all is written; so `path` is always whole.
     Raises `Problem` when it cannot be written, as on a full disk."""
     path = Path(path)
+    if not path.name:
+        raise Problem(f"'{path}' is not the name of a file")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -377,6 +379,8 @@ class Hand:
         target = np.asarray(target, float)
         if target.shape != (N,) or not np.isfinite(target).all():
             raise ValueError(f"a command is {N} finite joint angles in rad, not {target}")
+        if self.target is None:
+            self._engage()
         last = self.read().q if self.target is None else self.target
         target = np.clip(target, LOW, HIGH)
         self.target = np.clip(target, last - MAX_STEP, last + MAX_STEP)
@@ -407,6 +411,9 @@ class Hand:
         """Torque off until the next command: for pauses longer than SILENCE."""
         self.target = None
 
+    def _engage(self):
+        """Torque on at the present pose, before the first command."""
+
     def close(self):
         """Let go and leave. May be called twice."""
 
@@ -422,7 +429,7 @@ def drive(hand, act, steps, watch=None):
 
     act(q (N,) rad) -> target (N,) rad; `watch(hand)`, if given, is called after each step and
     ends the loop by returning True. Returns what was read and sent as a dict of arrays: q, dq,
-    target, current (steps, 16) float32 in rad, rad/s, rad, A, and time (steps,) float64 in s."""
+    target, current (steps, N) float32 in rad, rad/s, rad, A, and time (steps,) float64 in s."""
     rows = []
     for _ in range(steps):
         q, dq, current, when = hand.read()
@@ -488,7 +495,7 @@ def stable_name(path):
 
 
 def load_calibration(path=CALIBRATION):
-    """Offsets (16,) rad of the motors' zeros, as `hand.py --check` found them; 0 without."""
+    """Offsets (N,) rad of the motors' zeros, as `hand.py --check` found them; 0 without."""
     try:
         data = json.loads(Path(path).read_text())
         offset = np.array([data["offset"][j.name] for j in JOINTS], float)
@@ -525,8 +532,11 @@ def guard(port, silence, off):
         time.sleep(0.008)
 
 
+GUARD = inspect.getsource(guard)       # as it is now: somebody may edit this file meanwhile
+
+
 def motors(which):
-    """'motor 5 (mf_mcp)', for messages, of joints: a number, a list of numbers or a mask (16,)."""
+    """'motor 5 (mf_mcp)', for messages, of joints: a number, a list of numbers or a mask (N,)."""
     joints = [JOINTS[j] for j in np.atleast_1d(np.arange(N)[which])]
     names = ", ".join(f"{joint.motor_id} ({joint.name})" for joint in joints[:4])
     more = f" and {len(joints) - 4} more" if len(joints) > 4 else ""
@@ -567,7 +577,7 @@ class DynamixelHand(Hand):
             raise
 
     def _counts(self, q):
-        """Motor positions in encoder counts (..., 16) of joint angles q (..., 16) rad."""
+        """Motor positions in encoder counts (..., N) of joint angles q (..., N) rad."""
         return np.rint((ZERO + self.offset + SIGN * q) / COUNT)
 
     # ---- the bus
@@ -623,7 +633,7 @@ class DynamixelHand(Hand):
         self._sdk(self.packet.syncWriteTxOnly, address, size, param, len(param))
 
     def _ask(self, address, size):
-        """Sync read: (16, size) uint8, this moment's answer of every motor, or BusError.
+        """Sync read: (N, size) uint8, this moment's answer of every motor, or BusError.
 
         What is missing is asked for again. Built on the SDK's packets, because its GroupSyncRead
         neither checks an answer's length nor hands on the alert bit."""
@@ -635,7 +645,8 @@ class DynamixelHand(Hand):
             self.port.setPacketTimeoutMillis(1e3 * (ANSWER * 1.5 ** attempt + wire))
             while missing:
                 raw, result = self._sdk(self.packet.rxPacket, False)
-                if result == 0 and raw[4] in missing and len(raw) == 11 + size:
+                # by its length field: the SDK unstuffs a packet in place and leaves its tail
+                if result == 0 and raw[4] in missing and raw[5] + 256 * raw[6] == size + 4:
                     answers[raw[4]] = np.array(raw[9:9 + size], np.uint8)
                     if raw[8] & 0x80:
                         self.next_health = 0.0           # a motor is in error: look at once
@@ -690,7 +701,9 @@ class DynamixelHand(Hand):
         if kind in recent and len(recent) >= most:
             raise Problem(f"{len(recent)} shutdowns within {seconds} s: let the hand cool, check "
                           f"load, supply and cables; last: {text}")
-        raise BusError(f"{text}; the hand has let go")
+        lost = kind in ("unplugged", "silent")
+        raise BusError(f"{text}; " + ("torque may still be on there: use the supply's switch" if lost
+                                      else "the hand has let go"))
 
     def _note(self, kind, text):
         self.events.append((time.time(), kind, text))
@@ -738,7 +751,8 @@ class DynamixelHand(Hand):
         self._open()
         self.passed(f"port         {self.path}")
         self._tell(64, 1, 0)                     # let go, whoever drove before
-        self._tell(68, 1, 2)                     # answer to everything
+        self._tell(68, 1, 2)                     # answer to everything...
+        self._set(64, 1, 0, "torque")            # ...also to this
         table = self._ask(0, 64)
         models, firmware = _integers(table, 0, 2), table[:, 6]
         unknown, old = ~np.isin(models, list(MODELS)), firmware < FIRMWARE
@@ -834,14 +848,14 @@ class DynamixelHand(Hand):
         return Reading(q, dq, current, (before + after) / 2)
 
     def _write(self, target):
-        if self.guardian is None:
-            self._engage()                       # frozen meanwhile? then `_tell` finds no guardian
         self._tell(116, 4, self._counts(target))
 
     def _engage(self):
         """Torque on at the present pose, under guard, or off again and BusError."""
+        if self.port is None:
+            raise BusError(f"{self.path} is closed")
         port = self.port.ser.fileno()
-        code = inspect.getsource(guard) + f"\nguard({port}, {SILENCE}, {TORQUE_OFF})"
+        code = GUARD + f"\nguard({port}, {SILENCE}, {TORQUE_OFF})"
         self.guardian = subprocess.Popen(
             [sys.executable, "-ISc", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             bufsize=0, pass_fds=[port], start_new_session=True)
@@ -919,7 +933,12 @@ def check(argv=None):
         raise Problem("joints move in the wrong order: motor ids are swapped, or a side motor is "
                       "mounted mirrored; the table of hand.py has the ids")
     passed(f"zeros        within {np.rad2deg(np.abs(stops - STOP).max()):.1f} degrees of the table")
-    save_calibration(args.calibration, hand.offset + SIGN * (stops - STOP))
+    offset = hand.offset + SIGN * (stops - STOP)
+    far = np.abs(offset) > SLACK                 # by and by
+    if far.any():
+        raise Problem(f"{motors(far)}: its zero has gone by more than {np.rad2deg(SLACK):.0f} "
+                      "degrees in all: its horn slips, or is mounted wrongly")
+    save_calibration(args.calibration, offset)
     print(f"zero offsets written to {args.calibration}")
 
 

@@ -668,7 +668,8 @@ class Rotation:
     gravity from `weakest` to 1 g and, with it, the spread of centre, wrist, contact and motor.
     After `step` these describe the control step just made (float64 arrays over environments):
         q, dq (n, N)   measured (n, N): late, with noise and encoder zero   target (n, N)
-        pos (n, 3)   quat (n, 4)   vel (n, 6: linear, angular)   omega (n, 3) rad/s
+        pos (n, 3)   quat (n, 4)   vel (n, 6: linear; angular, in the object's own frame)
+        omega (n, 3) rad/s, over the step, in the frame of the hand
         tips, tip_vel (n, tips, 3)   contact (n, tips, 4: found, force xyz N)
         fallen (n,) bool   steps (n,)
     """
@@ -820,7 +821,7 @@ class Rotation:
         """Advance one control step (50 ms) with joint targets (n, N) rad, see `next_target`."""
         late = np.arange(self.substeps) < self.command_delay[:, None]          # (n, substeps)
         sent = np.where(late[:, :, None], self.target[:, None], target[:, None])
-        self.target = target
+        self.target = np.array(target)                       # ours: a reset writes into it
         if self.pushes is not None:
             now = np.minimum(self.steps, EPISODE - 1)
             self.vel[:, :3] += self.pushes[np.arange(self.n), now]
@@ -1214,6 +1215,9 @@ class VirtualHand(H.Hand):
                 self._feel_load()
             if step + 1 == self.SUBSTEPS - reading_late:
                 self._reading = self._measure()
+        if self._data.warning.number.any():              # MuJoCo has started over
+            raise H.Problem("the simulation of the virtual hand has blown up; run this again with "
+                            "another --seed")
 
     def _drive_motors(self):
         """Torque (N m) from the error (rad), by way of duty and current (A)."""
@@ -1296,7 +1300,8 @@ def resolve_port(port):
     port = "sim:0" if port in (None, "sim") else port
     if port.startswith("sim:"):
         _parse_virtual(port)
-    return port
+        return port
+    return H.stable_name(port)               # a hand has one name, however it was plugged in
 
 
 def _parse_virtual(port):

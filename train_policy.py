@@ -52,9 +52,9 @@ MEAN_BOUND = 1.1         # means beyond the clip of the action have no gradient 
 MEAN_COST = 0.01         # ...so they pay
 
 # Curriculum. It learns to hold first, with A_ROT halved until HOLDS of an episode is held. Then the
-# level rises from 0 (0.2 g, the nominal hand) to 1 (1 g, all that is randomized) with success at
-# rotating, not at holding: raised on survival alone a policy learns to hold still, and at full
-# gravity from the start it learns half a turn and a drop.
+# level rises from 0 (0.2 g, nominal centre of mass, wrist, contact and motor) to 1 (1 g, these as
+# far off as they may be) with success at rotating, not at holding: raised on survival alone a
+# policy learns to hold still, and at full gravity from the start half a turn and a drop.
 HOLDS = 0.75
 RAISE_RAD = {"x": 3.2, "y": 5.0, "z": 7.0, "other": 5.4}     # rad per 20 s: 45 % of the paper's
 RAISE_HELD = 0.6         # share of the episode
@@ -96,8 +96,8 @@ class Task:
     def __init__(self, env):
         self.env = env
         self.goal = np.zeros((env.n, 4))
-        # how far its parts reach, by their sizes as MuJoCo takes them, in dm; and its primitive:
-        # whatever is composed is neither
+        # what tells objects apart: the largest sizes (as MuJoCo takes them) and distances of their
+        # parts, in dm, which is their extent only for a cuboid; and the primitive, if it is one
         self.shape = np.zeros((len(env.objects), 5))
         for row, obj in zip(self.shape, env.objects):
             kinds = [kind for kind, *_ in obj.parts]
@@ -182,8 +182,8 @@ class Task:
             (20.0, env.pos - sim.CENTRE),                        #  3  object position
             (1.0, turned),                                       #  6  object orientation
             (5.0, env.vel[:, :3]),                               #  3  its velocity
-            (0.5, env.vel[:, 3:]),                               #  3  its angular velocity
-            (0.5, env.omega),                                    #  3  the same over the last step
+            (0.5, env.vel[:, 3:]),                               #  3  angular, in its own frame
+            (0.5, env.omega),                                    #  3  over the last step, the hand's
             (1.0, goal * np.sign(goal[:, :1] + 1e-9)),           #  4  from here to the goal
             (10.0, self.torque()),                               # 16  motor torques
             (1.0, np.minimum(env.contact[:, :, 0], 1)),          #  4  which fingertips touch
@@ -350,6 +350,12 @@ def load_policy(path):
 def digest(path):
     """The first 16 digits of a file's SHA-256: which policy it was."""
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+
+
+def fingerprint(network):
+    """16 digits that differ if any weight does."""
+    weights = b"".join(tensor.numpy().tobytes() for tensor in network.state_dict().values())
+    return hashlib.sha256(weights).hexdigest()[:16]
 
 
 @torch.no_grad()
@@ -538,12 +544,7 @@ class Training:
         self.made = [self.env.cells, self.env.n, args.seed, sorted(args.randomize), geoms]
         self.task = Task(self.env)
         self.curriculum = Curriculum(self.env, self.task)
-        everyone = np.arange(self.env.n)
-        self.env.reset(everyone)                         # at level 0
-        self.task.start(everyone)
-        # spread the first time limits over the episode, or all of them end at once
-        self.env.steps[:] = self.env.rng.integers(0, EPISODE // 2, self.env.n)
-        self.curriculum.born[:] = self.env.steps
+        self._begin()                                    # at level 0
         self.obs = self.task.observe()
         self.oracle = Oracle(self.obs.shape[1])
         self.optimizer = torch.optim.Adam(
@@ -558,6 +559,14 @@ class Training:
                 self.oracle.load_state_dict(load_checkpoint(start, "oracle")["weights"])
             except (KeyError, RuntimeError):
                 raise H.Problem(f"{start} was trained with another observation")
+
+    def _begin(self):
+        everyone = np.arange(self.env.n)
+        self.env.reset(everyone)
+        self.task.start(everyone)
+        # spread the first time limits over the episode, or all of them end at once
+        self.env.steps[:] = self.env.rng.integers(0, EPISODE // 2, self.env.n)
+        self.curriculum.born[:] = self.env.steps
 
     def iterate(self):
         """One batch: act, judge, learn. Returns the numbers that experts look at."""
@@ -606,9 +615,12 @@ class Training:
                 raise KeyError
             self.optimizer.load_state_dict(saved["optimizer"])
             self.curriculum.recent = saved["recent"]
-            if RANK:                         # other hands than the first process, at its levels
+            if RANK:             # not the first process's hands, but at its levels, with new noise
                 self.env.level[:] = saved["env"]["arrays"]["level"].numpy()
                 self.task.holds[:] = saved["task"]["holds"].numpy()
+                torch.manual_seed(self.seed + 1000 * RANK + saved["steps"])
+                self.env.rng = np.random.default_rng([self.seed, RANK, saved["steps"]])
+                self._begin()
             else:
                 self.env.restore(saved["env"])
                 for name, value in saved["task"].items():
@@ -656,7 +668,7 @@ def purpose(args):
 
 def for_the_same(path, args):
     """The policy in `path`. Raises `Problem` unless it can be gone on with for `args`."""
-    saved = load_checkpoint(path, "policy")
+    _, saved = load_policy(path)
     same = all(saved.get(name) == value for name, value in purpose(args).items())
     if not same or (saved["rounds"] < args.rounds and "optimizer" not in saved):
         raise H.Problem(f"{path} was trained for something else; choose another --out or delete it")
@@ -668,9 +680,10 @@ class Cloning:
     every environment.
 
     The first rounds are the paper's behaviour cloning: the oracle drives with a little noise, the
-    label is what it would do without, and only episodes that lasted all 400 steps are kept. In the
-    later rounds the student drives and the oracle says what it would have done (DAgger): the paper
-    found that unstable, here it holds longer and turns further (results/README.md)."""
+    label is what it would do without, and only episodes that lasted all 400 steps are kept, unless
+    none did. In the later rounds the student drives and the oracle says what it would have done
+    (DAgger): the paper found that unstable, here it holds longer and turns further
+    (results/README.md)."""
 
     def __init__(self, oracles, args, path):
         self.oracles, self.args, self.path = oracles, args, path
@@ -678,6 +691,7 @@ class Cloning:
         self.student = Generalist()
         self.optimizer = torch.optim.Adam(self.student.parameters(), lr=CLONING_RATE, fused=True)
         self.rounds, self.seconds, self.data = 0, 0.0, []
+        self.teachers = [fingerprint(oracle) for _, oracle in oracles]
         if path.exists():
             self._resume(for_the_same(path, args))
 
@@ -685,6 +699,9 @@ class Cloning:
         return self.path.with_name(f"cloning-{number:02d}.npz")
 
     def _resume(self, saved):
+        if saved.get("teachers") != self.teachers:
+            print("the oracles have learned more since: the generalist begins anew")
+            return
         self.student.load_state_dict(saved["weights"])
         self.rounds, self.seconds = saved["rounds"], saved["seconds"]
         if self.rounds < self.args.rounds:
@@ -764,7 +781,8 @@ class Cloning:
     def _save(self, **more):
         save_checkpoint(
             self.path, "policy", config=self.student.config, weights=self.student.state_dict(),
-            rounds=self.rounds, seconds=self.seconds, **purpose(self.args), **more)
+            rounds=self.rounds, seconds=self.seconds, teachers=self.teachers, **purpose(self.args),
+            **more)
 
 
 def clone(oracles, args, path):
@@ -821,7 +839,7 @@ def evaluate(policy, args, episodes=256):
         print(f"{wrist}: {turned.mean():.2f} rad (95 % +-{error:.2f}, spread "
               f"{turned.std(ddof=1):.1f}), TTF {r['TTF'].mean():.1f} s, "
               f"{100 * (r['TTF'] >= 20).mean():.0f} % last 20 s, RotP {r['RotP'].mean():.2f} "
-              f"rad/s, {episodes} episodes, {env.blowups} lost to NaN")
+              f"rad/s, {episodes} episodes, {env.blowups} blow-ups")
         best = int(np.argmax(np.where(r["TTF"] >= 20, r["RotR"], -np.inf)))
         sim.film(env.models[best], [frame[best] for frame in frames],
                  args.out / f"policy-{wrist}.gif", env.wrist[best])
@@ -852,26 +870,30 @@ def arguments():
     everything = ([*lesson[0], "long", "small", "complex"],
                   [*sim.WRISTS, sim.ANY], [*sim.AXES, sim.ANY])
     args.steps = args.steps or (
-        [20e6] if args.everything else [7.5e6] if args.family else [5e6, 9e6])
+        [20e6] if args.everything else [7.5e6] if args.family else [4e6, 8e6])
     for name, *usual in zip(("family", "wrist", "axis"), lesson, everything):
         setattr(args, name, getattr(args, name) or usual[args.everything])
+        setattr(args, name, list(dict.fromkeys(getattr(args, name))))
     args.steps *= len(args.family) if len(args.steps) == 1 else 1
     if args.rounds is None:
         args.rounds = ROUNDS[args.everything] * len(args.family)
     if len(args.steps) != len(args.family):
         raise H.Problem(f"--steps: one number, or one for each of {', '.join(args.family)}")
-    for family in args.family:
-        sim.objects_of(family)                           # raises on an unknown one
+    for family in args.family:                           # raises on an unknown one
+        if any(obj.family == "held_out" for obj in sim.objects_of(family)):
+            raise H.Problem(f"{family}: what is held out is for measuring, not for training")
     if args.seed < 0:
         raise H.Problem("--seed must not be negative")
-    if not min(args.steps) > 0 or args.rounds < 1 or args.envs < 4:
-        raise H.Problem("--steps and --rounds must be positive and --envs at least 4")
+    if not min(args.steps) > 0 or args.rounds < len(args.family) or args.envs < 4 * RANKS:
+        raise H.Problem("--steps must be positive, --rounds at least one for each family, and "
+                        "--envs at least 4 for each process")
     if args.minutes is not None and not args.minutes > 0:
         raise H.Problem("--minutes must be positive")
     return args
 
 
 def main():
+    global RANKS
     args = arguments()
     if (args.out / "policy.pt").exists():                # not after hours
         for_the_same(args.out / "policy.pt", args)
@@ -890,6 +912,7 @@ def main():
         torch.distributed.destroy_process_group()
     if RANK:
         return
+    RANKS = 1                                            # the rest is for one
     policy, spent = clone(oracles, args, args.out / "policy.pt")
     print(f"trained for {(seconds + spent) / 60:.0f} minutes")
     results = evaluate(policy, args)
