@@ -706,6 +706,8 @@ def arguments():
                             "known, such as palm_up and z+")
     if min(args.episodes, args.workers) < 1 or args.seed < 0:
         raise H.Problem("--episodes and --workers must be at least 1, --seed at least 0")
+    if any(path is not None and not path.name for path in (args.json, args.gif)):
+        raise H.Problem("--json and --gif are names of files")
     other = args.live or args.compare or args.base or args.record or args.gif or args.object
     if args.benchmark and other:
         raise H.Problem("--benchmark goes with --policy, --wrist, --axis, --episodes, --seed and "

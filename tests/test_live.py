@@ -482,6 +482,26 @@ def test_a_fault_of_the_bus_is_waited_for(steering, toy_policy, monkeypatch, cap
     assert said.count("motor 5 (mf_mcp) does not answer") == said.count("mend that") == 1
 
 
+def test_a_hand_that_does_not_come_back_is_asked_for_again(steering, toy_policy, monkeypatch,
+                                                           capsys):
+    hand, tries = FakeHand(realtime=True, faulty=(10,)), []
+
+    def reconnect(patience):
+        tries.append(patience)
+        if len(tries) == 1:
+            raise H.Problem("no U2D2 found")
+
+    hand.reconnect = reconnect
+    monkeypatch.setattr(sim, "open_hand", lambda port: hand)
+    for word in ("go", "wait 2", "go", "wait 1", "go", "wait 1", "quit"):
+        steering.heard.put(word)
+    args = argparse.Namespace(port="/dev/hand", wrist=["palm_up"], axis=["+z"])
+    policy, _ = train_policy.load_policy(toy_policy)
+    deploy.live_on_a_real_hand(args, policy, None, steering)
+    said = capsys.readouterr().err
+    assert tries == [0, 0] and said.count("mend that") == 2 and "no U2D2 found" in said
+
+
 def test_keys_stop_a_real_hand_on_its_way_to_the_grasp(bus, toy_policy):
     with terminal(*live_arguments(toy_policy, bus.path)) as (process, other, own):
         before = modes(own)

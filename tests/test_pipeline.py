@@ -24,7 +24,7 @@ import hand as H
 import sim
 import tables
 import train_policy
-from conftest import WINDOWS, finish, one_line_problem, start
+from conftest import ROOT, WINDOWS, finish, one_line_problem, start
 
 pytestmark = pytest.mark.usefixtures("grasps")
 
@@ -276,6 +276,20 @@ def test_a_fault_of_the_bus_costs_the_running_trajectory_and_nothing_else(
     assert "trajectory 1 lost: motor 5" in (tmp_path / "log.txt").read_text()
 
 
+def test_faults_without_end_end_the_collection(real, toy_policy, tmp_path, monkeypatch):
+    hand = real(FakeHand(realtime=True, faulty=range(500, 10000)))
+    with pytest.raises(H.Problem, match=f"{collect.FAULTS} faults in one trajectory"):
+        collected(monkeypatch, toy_policy, "--hours", 3 / 180, "--out", tmp_path)
+    assert len(shards(tmp_path)) == 1 and hand.reconnects == collect.FAULTS - 1
+
+
+def test_copies_and_other_files_are_no_trajectories(tmp_path):
+    for name in ("00000 (1).npz", "0a.npz", "00002.npz"):
+        shard(tmp_path, name)
+    assert [path.name for path in collect.trajectories(tmp_path)] == ["00002.npz"]
+    assert collect.there(tmp_path, {})[0] == {2}
+
+
 def two_wrists(toy_policy, folder):
     content = torch.load(toy_policy, weights_only=True)
     torch.save({**content, "wrists": ["palm_up", "palm_down"]}, folder / "policy.pt")
@@ -509,7 +523,7 @@ def test_deploy_records_what_fit_ndm_reads_and_is_the_same_again(pipeline, toy_p
 
 def on_a_real_hand(policy, record=None):
     args = argparse.Namespace(port="/dev/hand", wrist=[WRIST], axis=["+z"], episodes=2,
-                              record=record, base=True, seed=0, policy=policy)
+                              object="cube", record=record, base=True, seed=0, policy=policy)
     deploy.on_a_real_hand(args, train_policy.load_policy(policy)[0], None)
 
 
@@ -537,6 +551,12 @@ def test_a_second_session_keeps_what_the_first_recorded(real, toy_policy, tmp_pa
         assert [p.name for p in shards(tmp_path)] == names
         (tmp_path / names[0]).unlink()                       # somebody looked, and it is no good
     assert fit_ndm.load_shards([tmp_path])[2].tolist() == [2, 3]
+
+
+def test_whoever_stands_by_says_whether_the_object_stayed(real, toy_policy, tmp_path):
+    real(FakeHand(realtime=True), typed=["", "n", "", ""])
+    on_a_real_hand(toy_policy, tmp_path)
+    assert [path.name for path in shards(tmp_path)] == ["00001.npz"]
 
 
 def test_deploy_saves_with_the_hand_at_rest(real, toy_policy, tmp_path, monkeypatch):
@@ -578,6 +598,14 @@ def test_training_writes_everything_after_a_kill_and_a_resume(tmp_path):
     results = json.loads((tmp_path / "results.json").read_text())[WRIST]
     assert {"RotR", "TTF", "RotP"} <= set(results) and results["blowups"] == 0
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_two_processes_train_to_the_end(tmp_path):
+    (tmp_path / "toy.py").write_text(TOY)
+    run("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, tmp_path / "toy.py",
+        "--steps", 1000, "--out", tmp_path, *TRAIN, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert (tmp_path / "results.json").exists()
+    assert train_policy.load_policy(tmp_path / "policy.pt")[1]["rounds"] == 2
 
 
 def test_training_stops_after_so_many_minutes(tmp_path):
@@ -651,6 +679,14 @@ def shard(folder, name="00000.npz", **changes):
     return folder
 
 
+def small_policy(folder, policy):
+    """A folder with a policy whose layers are not those of today."""
+    content = torch.load(policy, weights_only=True)
+    content["weights"]["out.weight"] = content["weights"]["out.weight"][:, :3].clone()
+    torch.save(content, folder / "policy.pt")
+    return folder
+
+
 def bad_inputs(tmp, policy):
     """name: (script, arguments, words of the one line)"""
     (tmp / "empty").mkdir()
@@ -664,6 +700,7 @@ def bad_inputs(tmp, policy):
     here, missing = ("--policy", policy), ("--policy", tmp / "missing.pt")
     into = ("--out", tmp / "out")
     virtual = ("--port", "sim")
+    task = dict(wrists="palm_up", axes="+z", objects="cube")         # as deploy.py records it
 
     def fit(folder):
         return "--data", folder, *here, *into
@@ -675,6 +712,9 @@ def bad_inputs(tmp, policy):
         "steps for other families": (("--steps", 1, 2, 3, *into), "cylinder, cuboid"),
         "negative seed": (("--seed=-1", *into), "--seed"),
         "too few environments": (("--envs", 0, *into), "--envs"),
+        "too few rounds": (("--family", "cube", "long", "--rounds", 1, *into), "--rounds"),
+        "what is held out": (("--family", "cube+egg", *into), "egg"),
+        "a generalist of another size": (("--out", small_policy(tmp, policy)), "another version"),
     }
     collecting = {
         "no policy": ((*virtual, *missing, *into), "missing.pt is not there"),
@@ -708,6 +748,7 @@ def bad_inputs(tmp, policy):
                        *into), "several hands"),
         "tested on another hand": ((*fit(many), "--test", shard(tmp / "task", port="sim:9")),
                                    "sim:9"),
+        "tested on a copy of it": ((*fit(many), "--test", shard(tmp / "copy")), "another --seed"),
         "tested on what is learned": ((*fit(many), "--test", tmp / "few" / ".." / "many"),
                                       "--test"),
         "too few": (fit(shard(tmp / "few")), "too few"),
@@ -731,8 +772,13 @@ def bad_inputs(tmp, policy):
         "about any axis on a real hand": (
             ("--port", "/dev/ttyUSB99", "--axis", "any", "--base", *here), "z+"),
         "recorded with another policy": (
-            (*virtual, "--base", "--record", shard(tmp / "taken", source="base"), *here),
-            "choose another folder"),
+            (*virtual, "--base", "--wrist", "palm_up", "--axis", "z+", *here,
+             "--record", shard(tmp / "taken", source="base", **task)), "choose another folder"),
+        "recorded with other objects": (
+            (*virtual, "--base", "--wrist", "palm_up", "--axis", "z+", "--object", "duck", *here,
+             "--record", shard(tmp / "cubes", source="base", policy=train_policy.digest(policy),
+                               **task)), "objects cube"),
+        "no name of a file": ((*virtual, "--base", "--json", "", *here), "--json"),
         "no episodes": ((*virtual, "--base", "--episodes", 0, *here), "--episodes"),
         "negative seed": ((*virtual, "--base", "--seed=-1", *here), "--seed"),
     }

@@ -204,6 +204,10 @@ def test_a_policy_is_gone_on_with_only_for_the_same(tmp_path):
         assert cloning.rounds == rounds
     T.clone([("cube", oracle)], arguments(tmp_path), path)
     T.for_the_same(path, arguments(tmp_path))                # finished: nothing to do
+    assert T.Cloning([("cube", oracle)], arguments(tmp_path), path).rounds == 3
+    with torch.no_grad():                                    # unless the oracle has learned more
+        oracle.log_std += 1
+    assert T.Cloning([("cube", oracle)], arguments(tmp_path), path).rounds == 0
     for changes in (dict(rounds=4), dict(steps=2e9), dict(seed=1), dict(axis=["+z"]),
                     dict(randomize=sim.PAPER), dict(family=["cuboid"])):
         with pytest.raises(H.Problem, match="choose another --out"):
