@@ -193,8 +193,9 @@ def on_a_virtual_hand(args, policy):
     mean = {kind: {m: np.mean([part[kind][m] for part in parts.values()], 0) for m in METRICS}
             for kind in part}
     wrists = {wrist: summary(part) for wrist, part in parts.items()}
-    report = {"port": args.port, "episodes": args.episodes, "seed": args.seed, "axes": args.axis,
-              "objects": [obj.name for obj in objects], "wrists": wrists, **summary(mean)}
+    report = {"port": args.port, "policy": args.facts["policy"], "episodes": args.episodes,
+              "seed": args.seed, "axes": args.axis, "objects": [obj.name for obj in objects],
+              "wrists": wrists, **summary(mean)}
     print(f"\n{args.port}, {args.episodes} episodes a wrist, +- standard error; gain: residual - "
           f"base on the same trials\n{'':20}  turned, rad           TTF, s      RotP, rad/s")
     for wrist, numbers in wrists.items():

@@ -701,9 +701,10 @@ class DynamixelHand(Hand):
         if kind in recent and len(recent) >= most:
             raise Problem(f"{len(recent)} shutdowns within {seconds} s: let the hand cool, check "
                           f"load, supply and cables; last: {text}")
-        lost = kind in ("unplugged", "silent")
-        raise BusError(f"{text}; " + ("torque may still be on there: use the supply's switch" if lost
-                                      else "the hand has let go"))
+        state = "the hand has let go"
+        if kind in ("unplugged", "silent"):
+            state = "torque may still be on there: use the supply's switch"
+        raise BusError(f"{text}; {state}")
 
     def _note(self, kind, text):
         self.events.append((time.time(), kind, text))

@@ -183,7 +183,7 @@ class Task:
             (1.0, turned),                                       #  6  object orientation
             (5.0, env.vel[:, :3]),                               #  3  its velocity
             (0.5, env.vel[:, 3:]),                               #  3  angular, in its own frame
-            (0.5, env.omega),                                    #  3  over the last step, the hand's
+            (0.5, env.omega),                                    #  3  its rotation in the last step
             (1.0, goal * np.sign(goal[:, :1] + 1e-9)),           #  4  from here to the goal
             (10.0, self.torque()),                               # 16  motor torques
             (1.0, np.minimum(env.contact[:, :, 0], 1)),          #  4  which fingertips touch

@@ -1,7 +1,7 @@
 """How fast, how even and how true: each figure a ratio within one run, so that machines and their
 moods cancel.
 
-    python tests/benchmark.py [--quick] [--policy checkpoints/policy.pt ...]
+    python tests/benchmark.py [--quick] [--only physics ...] [--policy checkpoints/policy.pt ...]
 
 environment     control steps per second of sim.Rotation (step and observe) over bare
                 mujoco.rollout of the same models, with the paper's randomisation and with all

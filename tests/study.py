@@ -14,6 +14,7 @@ writes  OUT/simK-*       data, models and residual of each hand
         RESULTS/simK.json, RESULTS/simK-PART.json (with --apart), RESULTS/gap.png
 """
 import argparse
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -42,6 +43,8 @@ def study(k, args, wrists):
     """The loop on the virtual hand sim:k. Returns the file with its numbers."""
     result, port, policy = args.results / f"sim{k}.json", f"sim:{k}", args.policy
     if result.exists():
+        if json.loads(result.read_text())["policy"] != train_policy.digest(policy):
+            raise H.Problem(f"{result} is of another policy: delete it, or name other --results")
         return result
     boxes = [args.out / f"sim{k}-{wrist}" for wrist in wrists]
     for wrist, folder in zip(wrists, boxes):

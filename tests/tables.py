@@ -1,7 +1,7 @@
 """What was measured on several hands as one table: means, and how far they are to be trusted.
 
     python tests/tables.py --errors runs/ndm*/table.json           # of fit_ndm.py: dynamics models
-    python tests/tables.py --gaps results/sim*.json      # of deploy.py --compare --json
+    python tests/tables.py --gaps results/study/sim?.json      # of deploy.py --compare --json
     python tests/tables.py --steer --port sim:0          # what it costs to be steered
     python tests/tables.py --objects pictures/objects.png
 
