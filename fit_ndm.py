@@ -429,14 +429,14 @@ def draw_prediction(path, f, q, a, steps=200):
     guess = f(windows(q[None], a[None], every_window(q[None]))[0])
     seconds = np.arange(steps) / H.CONTROL_HZ
     figure, axes = sim.pyplot().subplots(
-        4, -(-H.N // 4), figsize=(15, 9), sharex=True, layout="constrained", squeeze=False)
+        4, -(-H.N // 4), figsize=(11, 8), sharex=True, layout="constrained", squeeze=False)
     for i, axis in zip(range(H.N), axes.T.flat):
         axis.plot(seconds, a[:steps, i], color="0.75", lw=1, label="target sent")
         axis.plot(seconds, q[:steps, i], color="tab:blue", label="measured")
         axis.plot(seconds[W:], guess[:steps - W, i], color="tab:orange", ls="--", lw=1,
                   label="predicted, one step")
         axis.set_title(H.JOINTS[i].name, fontsize=9)
-    axes[0, 0].legend(fontsize=7)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     figure.suptitle("Held-out trajectory, rad and s: what each joint did, and what its model says")
     sim.save_figure(figure, path)
 

@@ -1372,12 +1372,14 @@ def look(camera):
 
 
 def add_arrow(scene, direction, rgba):
-    """Draw an arrow out of the object, 12 cm along `direction` (3,), into an MjvScene."""
+    """Draw an arrow through the object, along `direction` (3,), into an MjvScene: its end is seen
+    where the hand hides its head."""
     geom, kind = scene.geoms[scene.ngeom], mujoco.mjtGeom.mjGEOM_ARROW
     scene.ngeom += 1
     mujoco.mjv_initGeom(geom, kind, np.zeros(3), np.zeros(3), np.eye(3).ravel(),
                         np.array(rgba, np.float32))
-    mujoco.mjv_connector(geom, kind, 0.004, CENTRE, CENTRE + 0.12 * np.asarray(direction))
+    ends = CENTRE + np.outer((-0.08, 0.12), direction)
+    mujoco.mjv_connector(geom, kind, 0.004, *ends)
 
 
 def add_stripes(scene, model, data):

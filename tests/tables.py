@@ -227,22 +227,35 @@ def draw_objects(path):
     families = {family: list({obj.name: obj for obj in objects}.values())
                 for family, objects in sim.FAMILIES.items()}
     columns = max(map(len, families.values()))
+    pictures = {family: np.array([portrait(obj) for obj in objects])
+                for family, objects in families.items()}
+    drawn = {family: (some < 250).any((0, 3)) for family, some in pictures.items()}
+    left, right = reach(np.any(list(drawn.values()), 0).any(0))
+    rows = {family: reach(seen.any(1)) for family, seen in drawn.items()}
+    heights = [bottom - top for top, bottom in rows.values()]
+    wide = 10 / (columns * (right - left))               # inches per pixel
     figure, axes = plt.subplots(
-        len(families), columns, figsize=(0.8 * columns, 0.8 * len(families)),
-        gridspec_kw=dict(wspace=0, hspace=0, left=0.06, right=1, top=1, bottom=0))
+        len(families), columns, figsize=(10, wide * sum(heights)), gridspec_kw=dict(
+            wspace=0, hspace=0, left=0.05, right=1, top=1, bottom=0, height_ratios=heights))
     for axis in axes.flat:
         axis.axis("off")
-    for row, (family, objects) in zip(axes, families.items()):
+    for row, (family, (top, bottom)) in zip(axes, rows.items()):
         row[0].axis("on")
         row[0].set(xticks=[], yticks=[])
         row[0].spines[:].set_visible(False)
         row[0].set_ylabel(family, fontsize=8)
-        for axis, obj in zip(row, objects):
-            axis.imshow(portrait(obj))
+        for axis, picture in zip(row, pictures[family]):
+            axis.imshow(picture[top:bottom, left:right])
     sim.save_figure(figure, path)
 
 
-def portrait(obj, size=160):
+def reach(seen, margin=8):
+    """From where to where a (n,) bool is true, and a little further."""
+    where = np.flatnonzero(seen)
+    return max(where[0] - margin, 0), where[-1] + margin
+
+
+def portrait(obj, size=320):
     """A picture (size, size, 3) of an object in the air."""
     spec = mujoco.MjSpec()
     spec.add_texture(
@@ -252,7 +265,7 @@ def portrait(obj, size=160):
     sim.add_parts(spec.worldbody, obj)
     model = spec.compile()
     data, camera = mujoco.MjData(model), mujoco.MjvCamera()
-    camera.distance, camera.azimuth, camera.elevation = 0.22 * H.SCALE, 130, -25
+    camera.distance, camera.azimuth, camera.elevation = 0.25 * H.SCALE, 130, -25
     mujoco.mj_forward(model, data)
     with mujoco.Renderer(model, size, size) as renderer:
         renderer.update_scene(data, camera)
