@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 # in the background or under nohup these are ignored, and what tests start inherits that
@@ -28,6 +29,7 @@ import sim
 import train_policy
 
 CUBE = sim.FAMILIES["cube"]
+LIMITS = [(joint.low, joint.high) for joint in sorted(H.JOINTS, key=lambda j: j.motor_id)]
 
 
 def small_cache(obj, n=24):
@@ -91,6 +93,26 @@ def finish(process):
         except ProcessLookupError:
             pass
     return process.returncode, out, err
+
+
+def run(*command, **options):
+    """The output of a script that ends well."""
+    status, out, err = finish(start(*command, **options))
+    assert status == 0, err
+    return out
+
+
+def wait_for(condition, process, seconds=120):
+    """Until `condition()`; a process that ends before has something to say."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end, "it never happened"
+        time.sleep(0.02)
+
+
+def driving(bus):
+    return any(motor.driving for motor in bus.motors.values())
 
 
 def one_line_problem(monkeypatch, capsys, module, *arguments):

@@ -17,6 +17,7 @@ import pytest
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 import hand as H
+from conftest import driving
 from hand_on_the_bus import GRAVITY, Clock, PhysicalBus, in_process, patched
 
 TOOTH = 4096 // 25                               # counts, of a spline of 25 teeth
@@ -42,10 +43,6 @@ def healthy(seed, wrist):
     problem, found = check(bus)
     assert not driving(bus)
     return problem, np.inf if found is None else np.rad2deg(np.abs(found - true).max())
-
-
-def driving(bus):
-    return any(motor.driving for motor in bus.motors.values())
 
 
 # ------------------------------------------------------------------------- what can be wrong

@@ -19,13 +19,11 @@ import deploy
 import fit_ndm
 import hand as H
 import train_policy
-from conftest import ROOT, WINDOWS, finish, start
+from conftest import LIMITS, ROOT, WINDOWS, driving, finish, start
 from emulated_bus import EmulatedBus
 from hand import DynamixelHand
 from hand_on_the_bus import Clock, PhysicalBus, in_process
 
-BY_MOTOR = [H.JOINTS[k] for k in np.argsort(H.MOTOR_ID)]
-LIMITS = [(j.low, j.high) for j in BY_MOTOR]
 NO_FILE = "/nonexistent/calibration.json"
 
 
@@ -43,10 +41,6 @@ def bus():
 def hand(bus):
     with DynamixelHand(bus.path, NO_FILE) as hand:
         yield hand
-
-
-def driving(bus):
-    return any(m.driving for m in bus.motors.values())
 
 
 def pose(bus, q):

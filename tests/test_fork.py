@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import ROOT, finish, start
+from conftest import ROOT, finish, run, start
 
 FILES = "hand.py", "sim.py", "train_policy.py", "collect.py", "fit_ndm.py", "deploy.py"
 SECTION = r"(?m)(^# -+ (?:the table|what follows from it)\n)"
@@ -265,31 +265,29 @@ print(json.dumps(dict(
 """
 
 
-def run(folder, *command):
-    status, out, err = finish(start(*command, cwd=folder))
-    assert status == 0, err
-    return out
+def run_in(folder, *command):
+    return run(*command, cwd=folder)
 
 
 def whole_loop(folder, table):
     forked(folder, table)
-    facts = json.loads(run(folder, "-c", FACTS))
+    facts = json.loads(run_in(folder, "-c", FACTS))
     here = "--wrist", "palm_up"
-    run(folder, "-c", TOY, "train_policy", *here, "--family", "cube", "--axis", "z+", "--envs", 6,
-        "--steps", 192, "--rounds", 1, "--out", "policy")
+    run_in(folder, "-c", TOY, "train_policy", *here, "--family", "cube", "--axis", "z+",
+           "--envs", 6, "--steps", 192, "--rounds", 1, "--out", "policy")
     content = torch.load(folder / "policy/policy.pt", weights_only=True)
     for name in ("out.weight", "out.bias"):              # nobody learns to hold in two updates
         content["weights"][name].zero_()
     torch.save(content, folder / "still.pt")
     policy = "--policy", "still.pt"
-    run(folder, "-c", TOY, "collect", "--port", "sim:0", *here, *policy, "--hours", 10 / 180,
-        "--load", "none", "--workers", 1, "--out", "data")
-    run(folder, "-c", TOY, "fit_ndm", "--data", "data", *policy, "--out", "ndm",
-        "--models", "joint", "finger", "whole", "--steps", 20, "--residual-steps", 2,
-        "--episodes", 12)
-    run(folder, "-c", TOY, "deploy", "--compare", "--episodes", 2, "--port", "sim:0", *here,
-        "--axis", "z+", *policy, "--residual", "ndm/residual.pt", "--json", "numbers.json",
-        "--workers", 1)
+    run_in(folder, "-c", TOY, "collect", "--port", "sim:0", *here, *policy, "--hours", 10 / 180,
+           "--load", "none", "--workers", 1, "--out", "data")
+    run_in(folder, "-c", TOY, "fit_ndm", "--data", "data", *policy, "--out", "ndm",
+           "--models", "joint", "finger", "whole", "--steps", 20, "--residual-steps", 2,
+           "--episodes", 12)
+    run_in(folder, "-c", TOY, "deploy", "--compare", "--episodes", 2, "--port", "sim:0", *here,
+           "--axis", "z+", *policy, "--residual", "ndm/residual.pt", "--json", "numbers.json",
+           "--workers", 1)
     return facts
 
 
@@ -469,7 +467,7 @@ def test_an_mjcf_becomes_a_table(tmp_path):
     printed = run(ROOT, "tests/mjcf.py", path)
     rest = THREE[THREE.index("MAX_STEP"):]
     folder = forked(tmp_path / "fork", 'HAND = "gripper"\n' + printed + rest)
-    built = run(folder, "-c", "import sim; s = sim.build(); s.compile(); print(s.to_xml())")
+    built = run_in(folder, "-c", "import sim; s = sim.build(); s.compile(); print(s.to_xml())")
     ours, theirs = (mujoco.MjModel.from_xml_string(xml) for xml in (built, path.read_text()))
     assert ours.nbody == theirs.nbody == 8 and ours.njnt == 4
     for name in ("body_mass", "body_ipos", "body_inertia", "body_pos", "body_quat"):

@@ -22,7 +22,7 @@ import hand as H
 import sim
 import tables
 import train_policy
-from conftest import CUBE, ROOT, finish, one_line_problem, start
+from conftest import CUBE, LIMITS, ROOT, driving, finish, one_line_problem, start, wait_for
 from emulated_bus import EmulatedBus
 from test_pipeline import FakeHand
 
@@ -394,26 +394,10 @@ def test_the_terminal_is_as_before_however_it_ends(toy_policy, grasps, sign, sta
 
 
 # --------------------------------------------------------------------------- a real hand, emulated
-BY_MOTOR = [H.JOINTS[k] for k in np.argsort(H.MOTOR_ID)]
-LIMITS = [(joint.low, joint.high) for joint in BY_MOTOR]
-
-
 @pytest.fixture
 def bus():
     with EmulatedBus(limits=LIMITS, stops=LIMITS) as bus:
         yield bus
-
-
-def driving(bus):
-    return any(motor.driving for motor in bus.motors.values())
-
-
-def wait_for(condition, process, seconds=60):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < end, "it never happened"
-        time.sleep(0.02)
 
 
 def angles(bus):

@@ -24,7 +24,7 @@ import hand as H
 import sim
 import tables
 import train_policy
-from conftest import ROOT, WINDOWS, finish, one_line_problem, start
+from conftest import ROOT, WINDOWS, finish, one_line_problem, run, start, wait_for
 
 pytestmark = pytest.mark.usefixtures("grasps")
 
@@ -32,21 +32,8 @@ PORT, WRIST = "sim:0", "palm_up"
 HERE = ("--port", PORT, "--wrist", WRIST)
 
 
-def until(process, condition):
-    """Wait until `condition()`; a process that ends before has something to say."""
-    while not condition():
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.02)
-
-
 def shards(folder):
     return sorted(folder.glob("[0-9]*.npz"))
-
-
-def run(*command, **options):
-    status, out, err = finish(start(*command, **options))
-    assert status == 0, err
-    return out
 
 
 @pytest.fixture(scope="session")
@@ -581,7 +568,7 @@ TRAIN = ("--family", "cube", "--wrist", WRIST, "--axis=+z", "--envs", 16, "--rou
 def test_training_writes_everything_after_a_kill_and_a_resume(tmp_path):
     oracle = tmp_path / "oracle-cube.pt"
     process = start("-c", TOY, "--steps", 1000, "--out", tmp_path, *TRAIN)
-    until(process, oracle.exists)                            # killed while the generalist learns
+    wait_for(oracle.exists, process)                            # killed while the generalist learns
     process.kill()
     finish(process)
     first = train_policy.load_checkpoint(oracle, "oracle")
@@ -617,7 +604,7 @@ def test_training_stops_after_so_many_minutes(tmp_path):
 
 def test_ctrl_c_while_training_leaves_no_torn_file(tmp_path):
     process = start("-c", TOY, "--steps", 1000, "--out", tmp_path, *TRAIN)
-    until(process, (tmp_path / "oracle-cube.pt").exists)
+    wait_for((tmp_path / "oracle-cube.pt").exists, process)
     os.killpg(process.pid, signal.SIGINT)
     status, _, err = finish(process)
     assert status == 130 and "Traceback" not in err and err.rstrip().endswith("stopped"), err
@@ -630,7 +617,7 @@ def test_collection_goes_on_after_a_kill_and_after_ctrl_c(how, toy_policy, tmp_p
     command = ("collect.py", "--hours", 8 / 180, *HERE, "--source", "waves", "--load", "none",
                "--policy", toy_policy, "--out", tmp_path)
     process = start(*command)
-    until(process, lambda: len(shards(tmp_path)) >= 2)
+    wait_for(lambda: len(shards(tmp_path)) >= 2, process)
     os.kill(process.pid, how) if how == signal.SIGKILL else os.killpg(process.pid, how)
     status, _, err = finish(process)
     if how == signal.SIGINT:
@@ -656,7 +643,7 @@ def test_nothing_waits_for_a_process_that_is_gone(victim, toy_policy, tmp_path):
     process = start("collect.py", "--hours", 0.4, *HERE, "--source", "waves", "--load", "none",
                     "--policy", toy_policy, "--out", tmp_path)
     try:
-        until(process, lambda: len(shards(tmp_path)) >= 2)
+        wait_for(lambda: len(shards(tmp_path)) >= 2, process)
         os.kill(workers(process)[0] if victim == "worker" else process.pid, signal.SIGKILL)
         process.wait(60)
         end = time.monotonic() + 20
