@@ -1378,7 +1378,7 @@ def add_arrow(scene, direction, rgba):
     scene.ngeom += 1
     mujoco.mjv_initGeom(geom, kind, np.zeros(3), np.zeros(3), np.eye(3).ravel(),
                         np.array(rgba, np.float32))
-    ends = CENTRE + np.outer((-0.08, 0.12), direction)
+    ends = CENTRE + np.outer((-0.07, 0.26), direction)   # it is drawn half as long
     mujoco.mjv_connector(geom, kind, 0.004, *ends)
 
 

@@ -464,7 +464,7 @@ def test_an_mjcf_becomes_a_table(tmp_path):
     fingers = TWO_LINKS.format("l", -0.05, 3.14159265) + TWO_LINKS.format("r", 0.05, 0)
     path = tmp_path / "gripper.xml"
     path.write_text(GRIPPER.format(fingers=fingers))
-    printed = run(ROOT, "tests/mjcf.py", path)
+    printed = run("tests/mjcf.py", path)
     rest = THREE[THREE.index("MAX_STEP"):]
     folder = forked(tmp_path / "fork", 'HAND = "gripper"\n' + printed + rest)
     built = run_in(folder, "-c", "import sim; s = sim.build(); s.compile(); print(s.to_xml())")
