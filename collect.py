@@ -218,7 +218,7 @@ def processes(workers):
 def in_a_process():
     def outlived():
         multiprocessing.parent_process().join()
-        os._exit(1)
+        os.kill(os.getpid(), signal.SIGTERM)
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=outlived, daemon=True).start()

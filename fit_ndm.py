@@ -194,10 +194,11 @@ class Residual(nn.Module):
 
 def closing(correction):
     """What of a correction (n, N) rad is sent to a hand: a joint is closed further, never opened;
-    those that spread fingers go both ways. A finger that f takes for too fast may be one that the
-    object stops, and opening it would let the object go. (A residual that learns under this bound
-    closes everything a little and helps less.)"""
-    return torch.where(torch.tensor(H.SIDE), correction, correction.clamp(min=0))
+    those that move a fingertip sideways, or away when they close, go both ways. A finger that f
+    takes for too fast may be one that the object stops, and opening it would let the object go. (A
+    residual that learns under this bound closes everything a little and helps less.)"""
+    both = torch.tensor(H.SIDE | (sim.opening() > 0.5))
+    return torch.where(both, correction, correction.clamp(min=0))
 
 
 def load_residual(path):
