@@ -750,7 +750,7 @@ def main():
         seen = torch.zeros(1, sim.OBSERVED)
         move = policy(seen)
         if residual:
-            residual(seen, move)
+            closing(residual(seen, move))
     if args.live:
         live(args, policy, residual, content)
     elif args.port.startswith("sim:"):

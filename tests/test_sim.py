@@ -386,12 +386,13 @@ def test_reward_terms_by_hand():
 
 @pytest.mark.parametrize("level", [0.0, 0.5, 1.0])
 def test_holding_and_the_axis_gain_weight_with_the_level(level):
-    still, wobbly, fallen = (stage(level=level, **changes) for changes in (
-        {}, {"omega": (0.5, 0, 0)}, {"fallen": True}))
+    still, fast, wobbly, fallen = (stage(level=level, **changes) for changes in (
+        {}, {"omega": (0, 0, 9)}, {"omega": (0.5, 0, 0)}, {"fallen": True}))
     reward = still.advance()[0]
     a_rotp, penalty = ((1 - level) * low + level * high
                        for low, high in (T.A_ROTP, T.FALL_PENALTY))
     assert wobbly.advance()[0] - reward == pytest.approx(-a_rotp * 0.5)
+    assert fast.advance()[0] - reward == pytest.approx(T.A_ROT * T.C_ROT)
     assert fallen.advance()[0] - reward == pytest.approx(-penalty)
 
 
