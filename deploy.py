@@ -54,7 +54,7 @@ import torch
 
 import hand as H
 from collect import processes, there
-from fit_ndm import closing, load_residual
+from fit_ndm import SHARE, load_residual
 from train_policy import act, digest, load_policy
 
 HZ = H.CONTROL_HZ
@@ -63,8 +63,8 @@ KINDS = "ceiling", "base", "residual"
 
 
 class Controller:
-    """From joint positions to joint targets: a_t = a_{t-1} + alpha delta_t, sent: a_t + pi_res, of
-    which only what closes, see `closing`.
+    """From joint positions to joint targets: a_t = a_{t-1} + alpha delta_t; sent is
+    a_t + SHARE pi_res(o_t, a_t).
 
     The policy sees its own targets a, not the corrected ones: what the residual adds is the hand's
     business, as if the hand were the one of the simulator."""
@@ -90,7 +90,7 @@ class Controller:
         self.sent = self.base[0]
         if self.residual is not None:
             move = torch.as_tensor(self.base - before, dtype=torch.float32)
-            self.sent = self.sent + closing(self.residual(obs, move)).numpy()[0]
+            self.sent = self.sent + SHARE * self.residual(obs, move).numpy()[0]
         return self.sent
 
 
@@ -750,7 +750,7 @@ def main():
         seen = torch.zeros(1, sim.OBSERVED)
         move = policy(seen)
         if residual:
-            closing(residual(seen, move))
+            residual(seen, move)
     if args.live:
         live(args, policy, residual, content)
     elif args.port.startswith("sim:"):

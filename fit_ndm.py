@@ -46,6 +46,7 @@ HIDDEN = {"joint": 64, "finger": 128, "whole": 256}
 HORIZON = 10           # control steps of the open-loop error: 0.5 s
 BOXES = 6              # simulated Chaos Boxes; the hand's own is none of them
 BOUND = 0.06           # rad, the largest correction
+SHARE = 0.5            # of it is sent: all of it turns no further and lets go sooner
 # control steps of the model with the residual in the loop, 0.2 s: where a joint is after one step
 # hardly depends on the target it was sent
 ROLLOUT = 4
@@ -190,15 +191,6 @@ class Residual(nn.Module):
     def forward(self, observation, move):
         x = self.norm(self.inputs(observation, move))
         return BOUND * torch.tanh(self.net(x))
-
-
-def closing(correction):
-    """What of a correction (n, N) rad is sent to a hand: a joint is closed further, never opened;
-    those that move a fingertip sideways, or away when they close, go both ways. A finger that f
-    takes for too fast may be one that the object stops, and opening it would let the object go. (A
-    residual that learns under this bound closes everything a little and helps less.)"""
-    both = torch.tensor(H.SIDE | (sim.opening() > 0.5))
-    return torch.where(both, correction, correction.clamp(min=0))
 
 
 def load_residual(path):

@@ -187,19 +187,8 @@ def test_macos_is_told_to_use_mjpython(monkeypatch, capsys):
 # -------------------------------------------------------------------------------------- controller
 class Always:
     """A policy and a residual that move every joint alike."""
-    def __init__(self, correction=0.01):
-        self.correction = correction
-
     def __call__(self, observation, move=None):
-        return torch.full((1, H.N), self.correction if move is not None else 1.0)
-
-
-def test_a_correction_never_opens_a_finger():
-    controllers = [deploy.Controller(Always(), Always(correction), "palm_up", "+z", H.GRASP)
-                   for correction in (0.0, -0.01)]
-    without, opening = (controller(H.GRASP) for controller in controllers)
-    closes = ~H.SIDE & np.array([joint.name != "th_axl" for joint in H.JOINTS])      # it turns
-    assert opening - without == pytest.approx(np.where(closes, 0.0, -0.01))
+        return torch.full((1, H.N), 1.0 if move is None else 0.01 / deploy.SHARE)
 
 
 def test_holding_sends_the_same_and_the_residual_comes_and_goes(steering):
