@@ -16,7 +16,6 @@ policy, an axis and an observation mean the same for every wrist.
 import atexit
 import copy
 import ctypes.util
-import functools
 import hashlib
 import itertools
 import json
@@ -994,8 +993,7 @@ def grasp_cache(obj, progress=True, **changes):
     return grasps
 
 
-@functools.cache
-def opening():
+def _opening():
     """Joint angles (N,), one unit per finger, along which fingertips leave the object fastest."""
     def distances(q):
         return np.linalg.norm(_fingertips(q) - CENTRE, axis=1)
@@ -1013,7 +1011,7 @@ def _sample_grasps(model, name, test, progress):
     held = copy.copy(model)                              # by somebody
     held.opt.gravity[:], held.dof_damping[-6:] = 0, (30, 30, 30, 0.05, 0.05, 0.05)
     ramp = np.linspace(0, 1, round(test["closing"] / model.opt.timestep))[:, None]
-    away, bar = opening(), Progress(f"grasps {name}", test["count"]) if progress else None
+    opening, bar = _opening(), Progress(f"grasps {name}", test["count"]) if progress else None
     with rollout.Rollout(nthread=len(datas)) as pool:
         while len(found) < test["count"]:
             if tried > 20 * test["count"] + 1000 and len(found) < tried / 100:
@@ -1031,8 +1029,8 @@ def _sample_grasps(model, name, test, progress):
                 tumbled, turn = rng.random(batch) < test["tumbled"], rng.normal(size=(batch, 4))
                 turn /= np.linalg.norm(turn, axis=1, keepdims=True)
                 state[tumbled, QUAT] = turn[tumbled]
-            start = state[:, Q] = np.clip(pose + test["open"] * away, H.LOW, H.HIGH)
-            end = np.clip(pose - close * away, NEAR, FAR)
+            start = state[:, Q] = np.clip(pose + test["open"] * opening, H.LOW, H.HIGH)
+            end = np.clip(pose - close * opening, NEAR, FAR)
             closing = start[:, None] + ramp * (end - start)[:, None]
             closed = pool.rollout(held, datas, state, closing, nstep=len(ramp))[0][:, -1]
             state[:, QPOS], q = closed[:, QPOS], closed[:, Q]
