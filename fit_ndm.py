@@ -10,6 +10,7 @@ reads   --data      the trajectories that collect.py wrote, and those of the tas
         --test      for the table, trajectories of the task itself (`deploy.py --record`)
         --policy    checkpoints/policy.pt
 writes  OUT/dynamics.pt, OUT/residual.pt    the joint-wise model f of this hand, the residual
+        OUT/residual-KIND.pt                that of each other kind of --models, to compare with
         OUT/table.json      what is printed; OUT/prediction.png, of a held-out trajectory
 
 Dynamics: q^i_{t+1} = f_i(h^i_t), where h^i_t are the last W = 10 positions of joint i and the
@@ -499,11 +500,11 @@ def main():
     boxes = simulate_box(data, args.seed)
     simulated = [torch.cat(pair) for pair in zip(boxes, (data["q"], data["a"]))]
 
-    models = {"stays where it is": None}
-    for kind in dict.fromkeys(["joint", *args.models]):
+    kinds = dict.fromkeys(["joint", *args.models])
+    models, f_sim = {"stays where it is": None}, {}
+    for kind in kinds:
         model = models[kind] = pretrained(kind, *simulated, args.steps, args.seed)
-        if kind == "joint":
-            f_sim = copy.deepcopy(model)
+        f_sim[kind] = copy.deepcopy(model)
         fit(model, q[~held], a[~held], args.steps, 1e-3, f"{kind}: this hand", seed=args.seed)
     f = models["joint"]
     origin = {"data": [str(folder) for folder in args.data], "port": port}
@@ -514,11 +515,12 @@ def main():
         file.write(json.dumps(table, indent=1) + "\n")
     draw_prediction(args.out / "prediction.png", f, q[held][0], a[held][0])
 
-    for model in (f, f_sim):
-        model.requires_grad_(False)
-    residual = fit_residual(f, f_sim, data, args.residual_steps, args.cost, args.seed)
-    save_checkpoint(args.out / "residual.pt", "residual", config=residual.config,
-                    weights=residual.state_dict(), policy=digest(args.policy), **origin)
+    for kind in kinds:
+        pair = [model.requires_grad_(False) for model in (models[kind], f_sim[kind])]
+        residual = fit_residual(*pair, data, args.residual_steps, args.cost, args.seed)
+        rival = "" if kind == "joint" else f"-{kind}"
+        save_checkpoint(args.out / f"residual{rival}.pt", "residual", config=residual.config,
+                        weights=residual.state_dict(), policy=digest(args.policy), **origin)
     print(f"written to {args.out} in {(time.monotonic() - began) / 60:.1f} min")
 
 

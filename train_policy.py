@@ -37,7 +37,7 @@ import hand as H
 from sim import EPISODE
 
 # ------------------------------------------------------------------------------ hyperparameters
-ENVS = 512               # hands that are stepped together
+ENVS = 128               # hands that are stepped together: more learn less from a control step
 HORIZON = 16             # control steps of each between two updates
 EPOCHS = 3               # passes over these
 MINIBATCHES = 4
@@ -46,7 +46,7 @@ LAMBDA = 0.95            # of generalised advantage estimation
 CLIP = 0.2               # of PPO's ratio
 KL_TARGET = 0.012        # the learning rate follows the KL divergence that an update makes
 LEARNING_RATE = 5e-4     # at the start...
-SLOWEST, FASTEST = 5e-5, 2e-3
+SLOWEST, FASTEST = 1e-5, 2e-3
 CLIP_GRADIENT = 1.0      # actor and critic each: one clip for both starves the actor
 MEAN_BOUND = 1.1         # means beyond the clip of the action have no gradient home...
 MEAN_COST = 0.01         # ...so they pay
@@ -59,13 +59,14 @@ HOLDS = 0.75
 RAISE_RAD = {"x": 3.2, "y": 5.0, "z": 7.0, "other": 5.4}     # rad per 20 s: 45 % of the paper's
 RAISE_HELD = 0.6         # share of the episode
 LOWER = 0.5              # below this share of RAISE_RAD the level goes down again
-RAISE = 1 / 16
+RAISE = 1 / 8
 ENOUGH = 192, 12         # episodes of all cells, and at least of one, before its level may change
 GO_ON = 0.5              # at level 1, share of held episodes after which another task goes on
 
 # The generalist
 ROUNDS = 6, 12           # per oracle: the lesson, everything; of one episode in every environment
 CLONING = 2              # rounds per oracle in which the oracle drives
+HANDS = 4                # in a round, over ENVS
 GRADIENT_STEPS = 800     # after each round
 CLONING_BATCH = 1024
 CLONING_RATE = 1e-3
@@ -717,7 +718,7 @@ class Cloning:
         family, oracle = self.oracles[number % len(self.oracles)]
         cloning = number < CLONING * len(self.oracles)
         env = sim.Rotation(
-            self.args.envs, sim.objects_of(family), self.args.wrist, self.args.axis,
+            HANDS * self.args.envs, sim.objects_of(family), self.args.wrist, self.args.axis,
             seed=1000 * (number + 1) + self.args.seed, randomize=self.args.randomize)
         obs, label, result = self._collect(env, oracle, cloning)
         if number == 0:
@@ -856,7 +857,8 @@ def arguments():
     add("--axis", nargs="+", type=sim.axis_name, help="+z or z+ and so on, 'x y z', or any")
     add("--steps", type=float, nargs="+",
         help="control steps of the oracles, a number for each or one for all")
-    add("--start", type=Path, help="the first begins with this oracle's weights")
+    add("--start", type=Path,
+        help="the first begins with this oracle's weights; a folder: each with its own there")
     add("--rounds", type=int,
         help="of cloning (default: {} for each oracle; --everything: {})".format(*ROUNDS))
     add("--minutes", type=float, help="stop earlier, after so long in all")
@@ -902,6 +904,8 @@ def main():
     curve, oracles, seconds, start = [], [], 0.0, args.start
     for family in args.family:
         path = args.out / f"oracle-{family.replace('+', '-')}.pt"
+        if args.start and (args.start / path.name).exists():
+            start = args.start / path.name
         oracle, rows, spent = train_oracle(family, args, path, start)
         start = path
         oracles.append((family, oracle))

@@ -2,16 +2,18 @@
 
     python tests/study.py --hands 0 1 2 3 4 5 6 7 8 9              # 5 min a hand on 2 cores
     python tests/study.py --hands 0 1 2 3 4 --apart     # 4 min more a hand: what costs how much
+    python tests/study.py --hands 0 1 2 3 4 --rivals    # residuals through other models
 
 For each hand: collect.py in its Chaos Box at every wrist, `deploy.py --base --record` of the task,
 fit_ndm.py, and `deploy.py --compare` on trials that none of these saw; just the scripts, as anyone
 would call them. Stopped and run again it goes on with what is missing, of trajectories too.
 --apart measures policy and residual also where only one thing of the hand differs from the training
-simulator, or all but its motors.
+simulator, or all but its motors. --rivals measures, on the same trials, residuals that were trained
+in the same way and on the same data through one model for each finger, and one for the whole hand.
 
 reads   checkpoints/policy.pt
 writes  OUT/simK-*       data, models and residual of each hand
-        RESULTS/simK.json, RESULTS/simK-PART.json (with --apart), RESULTS/gap.png
+        RESULTS/simK.json, RESULTS/simK-PART.json, RESULTS/simK-RIVAL.json, RESULTS/gap.png
 """
 import argparse
 import json
@@ -29,6 +31,7 @@ import train_policy
 
 RECORDED, COMPARED = 1, 0                # seeds of the trials: what is recorded is no test
 PARTS = "motor", "shape", "contact", "object", "wrist", "shape+contact+object+wrist"
+RIVALS = "finger", "whole"
 
 
 def run(script, *words):
@@ -40,25 +43,36 @@ def run(script, *words):
 
 
 def study(k, args, wrists):
-    """The loop on the virtual hand sim:k. Returns the file with its numbers."""
-    result, port, policy = args.results / f"sim{k}.json", f"sim:{k}", args.policy
-    if result.exists():
-        if json.loads(result.read_text())["policy"] != train_policy.digest(policy):
+    """The loop on the virtual hand sim:k. Returns the files with its numbers: the method's, and
+    those of its rivals."""
+    fitted = args.out / f"sim{k}-ndm"
+    of = {args.results / f"sim{k}.json": fitted / "residual.pt"}
+    if args.rivals:
+        of |= {args.results / f"sim{k}-{kind}.json": fitted / f"residual-{kind}.pt"
+               for kind in RIVALS}
+    missing = [result for result in of if not result.exists()]
+    for result in of.keys() - missing:
+        if json.loads(result.read_text())["policy"] != train_policy.digest(args.policy):
             raise H.Problem(f"{result} is of another policy: delete it, or name other --results")
-        return result
-    boxes = [args.out / f"sim{k}-{wrist}" for wrist in wrists]
+    if not all(of[result].exists() for result in missing):
+        fit(k, args, wrists, fitted)
+    for result in missing:
+        compare(f"sim:{k}", args, wrists, of[result], result)
+    return list(of)
+
+
+def fit(k, args, wrists, fitted):
+    """Collect in the box, record the task, and learn from both."""
+    port, policy = f"sim:{k}", args.policy
+    boxes, task = [args.out / f"sim{k}-{wrist}" for wrist in wrists], args.out / f"sim{k}-task"
     for wrist, folder in zip(wrists, boxes):
         run("collect.py", "--port", port, "--policy", policy, "--wrist", wrist,
             "--hours", args.hours / len(wrists), "--out", folder)
-    task, fitted = (args.out / f"sim{k}-{name}" for name in ("task", "ndm"))
-    if not (fitted / "residual.pt").exists():            # and so what was recorded is whole
-        if args.recorded:
-            run("deploy.py", "--base", "--port", port, "--policy", policy, "--wrist", *wrists,
-                "--episodes", args.recorded, "--seed", RECORDED, "--record", task)
-        run("fit_ndm.py", "--data", *boxes, *[task] * bool(args.recorded), "--policy", policy,
-            "--out", fitted)
-    compare(port, args, wrists, fitted / "residual.pt", result)
-    return result
+    if args.recorded:
+        run("deploy.py", "--base", "--port", port, "--policy", policy, "--wrist", *wrists,
+            "--episodes", args.recorded, "--seed", RECORDED, "--record", task)
+    run("fit_ndm.py", "--data", *boxes, *[task] * bool(args.recorded), "--policy", policy,
+        "--models", "joint", *RIVALS * args.rivals, "--out", fitted)
 
 
 def compare(port, args, wrists, residual, result):
@@ -86,6 +100,20 @@ def take_apart(args, wrists):
     return lines
 
 
+def rivals_table(files):
+    """The lines of a table, from the files (hands, 1 + rivals) of `study`: over hands, what each
+    residual turns and holds more than none, and turns more than the joint-wise one."""
+    rows = np.array([[tables.gap_row(report) for report in tables.read_gaps(hand)]
+                     for hand in files])
+    gain, held = rows[..., 3], rows[..., 6] - rows[..., 5]
+    lines = ["mean, 95 % +-     gain, rad       held, s  against joint, rad"]
+    for n, kind in enumerate(("joint", *RIVALS)):
+        columns = np.stack([gain[:, n], held[:, n], gain[:, n] - gain[:, 0]], 1)
+        mean, _, half = tables.over_hands(columns)
+        lines.append(f"{kind:<12}" + "".join(f"{m:>8.2f} +-{h:5.2f}" for m, h in zip(mean, half)))
+    return lines
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -95,15 +123,18 @@ def main():
     add("--recorded", type=int, default=40, help="trials of the task a wrist; 0: the box alone")
     add("--episodes", type=int, default=40, help="trials a wrist that are compared")
     add("--apart", action="store_true", help="also what each part of the difference costs")
+    add("--rivals", action="store_true", help="also residuals through other models")
     add("--policy", type=Path, default=Path("checkpoints/policy.pt"))
     add("--out", type=Path, default=Path("runs/study"))
     add("--results", type=Path, default=Path("results/study"))
     args = parser.parse_args()
     wrists = train_policy.load_policy(args.policy)[1]["wrists"]
     files = [study(k, args, wrists) for k in args.hands]
-    reports = tables.read_gaps(files)
+    reports = tables.read_gaps([hand[0] for hand in files])
     print("\n".join(tables.gap_table(reports)))
     tables.draw_gaps(reports, args.results / "gap.png")
+    if args.rivals:
+        print("\n".join(rivals_table(files)))
     if args.apart:
         print("\n".join(take_apart(args, wrists)))
 

@@ -346,7 +346,9 @@ def test_fit_ndm_writes_models_table_and_pictures(pipeline):
     f = fit_ndm.Dynamics(**saved["config"])
     f.load_state_dict(saved["weights"])
     assert f.config["groups"] == 16
-    fit_ndm.load_residual(out / "ndm/residual.pt")
+    residuals = [fit_ndm.load_residual(out / f"ndm/residual{rival}.pt")[0].state_dict()
+                 for rival in ("", "-whole")]            # each through its own model
+    assert not torch.equal(*(weights["net.4.bias"] for weights in residuals))
     assert not list((out / "ndm").glob(".*"))
 
 

@@ -226,17 +226,25 @@ def test_a_run_may_begin_with_the_weights_of_another(tmp_path):
         T.Training("cube", arguments(tmp_path), tmp_path / "third.pt", tmp_path / "none.pt")
 
 
-def test_the_second_family_begins_with_what_the_first_has_learned(tmp_path, monkeypatch):
-    begun = []
+@pytest.mark.parametrize("there, starts", [
+    (None, [None, "out/oracle-cube.pt"]),
+    (["oracle-cuboid.pt"], ["old", "old/oracle-cuboid.pt"]),
+    (["oracle-cube.pt"], ["old/oracle-cube.pt", "out/oracle-cube.pt"])])
+def test_a_family_begins_with_its_own_weights_or_those_of_the_one_before(
+        tmp_path, monkeypatch, there, starts):
+    begun, old = [], tmp_path / "old"
+    old.mkdir()
+    for name in there or []:
+        (old / name).touch()
     monkeypatch.setattr(T, "arguments", lambda: arguments(
-        tmp_path, family=["cube", "cuboid"], start=None))
+        tmp_path / "out", family=["cube", "cuboid"], start=there and old))
     monkeypatch.setattr(T, "train_oracle", lambda family, args, path, start: (
-        begun.append((path, start)), [], 0.0))
+        begun.append(start), [], 0.0))
     for name in ("draw_curve", "clone", "evaluate"):
         monkeypatch.setattr(T, name, lambda *_: (None, 0.0))
+    (tmp_path / "out").mkdir()
     T.main()
-    (first, nothing), (_, start) = begun
-    assert nothing is None and start == first
+    assert begun == [start and tmp_path / start for start in starts]
 
 
 PROCESS = """
