@@ -13,7 +13,7 @@ writes  for every wrist that the policy knows a folder data/PORT-WRIST-LOAD-SOUR
                         index, sequence (its number in sequences.npz), sigma (rad, of the noise)
         00017.jammed    instead of one in which a joint jammed at every attempt
         log.txt         a line per event
-        film.gif        the first trajectory of a virtual hand
+        film.gif        10 s of the first trajectory of a virtual hand
 
 Run it again and it goes on after the last whole trajectory. Errors of the bus, a motor's reboot or
 an unplugged adapter cost the running trajectory, nothing more.
@@ -173,9 +173,9 @@ def trajectory(hand, job, index, sequence):
     return Outcome(index, jams, lag, np.abs(data["current"]).mean())
 
 
-def trajectories(folder):
-    """The files of a folder that are trajectories, in order."""
-    return sorted(path for path in Path(folder).glob("*.npz") if path.stem.isdecimal())
+def trajectories(folder, kind="npz"):
+    """The files of a folder that are trajectories, or mark "jammed" ones, in order."""
+    return sorted(path for path in Path(folder).glob(f"*.{kind}") if path.stem.isdecimal())
 
 
 def there(folder, facts):
@@ -188,8 +188,8 @@ def there(folder, facts):
             if str(old[name]) != str(value):
                 raise H.Problem(f"{folder} holds trajectories with {name} {old[name]}, "
                                 f"not {value}; choose another folder")
-    jammed = folder.glob("[0-9]*.jammed")
-    return {int(path.stem) for path in saved}, {int(path.stem) for path in jammed}
+    return tuple({int(path.stem) for path in paths}
+                 for paths in (saved, trajectories(folder, "jammed")))
 
 
 def missing(job):
@@ -220,19 +220,17 @@ def in_a_process():
         multiprocessing.parent_process().join()
         os.kill(os.getpid(), signal.SIGTERM)
 
+    torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=outlived, daemon=True).start()
 
 
-@functools.cache
-def virtual_hand(port, wrist, load):
-    """A worker process keeps its virtual hand."""
-    torch.set_num_threads(1)
-    return sim.open_hand(port, wrist=wrist, load=load)
+virtual_hand = functools.cache(sim.open_hand)            # a worker process keeps its own
 
 
 def on_a_worker(job, index, sequence):
-    hand = virtual_hand(*(job.facts[name] for name in ("port", "wrist", "load")))
+    facts = job.facts
+    hand = virtual_hand(facts["port"], wrist=facts["wrist"], load=facts["load"])
     return trajectory(hand, job, index, sequence)
 
 

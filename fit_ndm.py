@@ -10,7 +10,7 @@ reads   --data      the trajectories that collect.py wrote, and those of the tas
         --test      for the table, trajectories of the task itself (`deploy.py --record`)
         --policy    checkpoints/policy.pt
 writes  OUT/dynamics.pt, OUT/residual.pt    the joint-wise model f of this hand, the residual
-        OUT/residual-KIND.pt                that of each other kind of --models, to compare with
+        OUT/dynamics-KIND.pt, OUT/residual-KIND.pt      with other --models, to compare with
         OUT/table.json      what is printed; OUT/prediction.png, of a held-out trajectory
 
 Dynamics: q^i_{t+1} = f_i(h^i_t), where h^i_t are the last W = 10 positions of joint i and the
@@ -422,8 +422,7 @@ def draw_prediction(path, f, q, a, steps=200):
     """Measured against predicted, every joint of one trajectory q, a (400, N)."""
     guess = f(windows(q[None], a[None], every_window(q[None]))[0])
     seconds = np.arange(steps) / H.CONTROL_HZ
-    figure, axes = sim.pyplot().subplots(
-        4, -(-H.N // 4), figsize=(11, 8), sharex=True, layout="constrained", squeeze=False)
+    figure, axes = sim.subplots(4, -(-H.N // 4), figsize=(11, 8), sharex=True, squeeze=False)
     for i, axis in zip(range(H.N), axes.T.flat):
         axis.plot(seconds, a[:steps, i], color="0.75", lw=1, label="target sent")
         axis.plot(seconds, q[:steps, i], color="tab:blue", label="measured")
@@ -458,11 +457,10 @@ def arguments():
         raise H.Problem("--steps, --residual-steps and --episodes must be positive")
     if args.seed < 0 or not args.cost >= 0:
         raise H.Problem("--seed and --cost must not be negative")
-    folders = {*Path("data").glob("*-balls-policy"), *Path("data").glob("*-task")}
-    tests = {folder.resolve() for folder in args.test}
-    args.data = args.data or sorted(path for path in folders if path.resolve() not in tests)
-    if tests & {folder.resolve() for folder in args.data}:
-        raise H.Problem("--test names a folder of --data: what is learned is no test")
+    tests = [folder.resolve() for folder in args.test]
+    args.data = args.data or sorted(
+        folder for kind in ("*-balls-policy", "*-task") for folder in Path("data").glob(kind)
+        if folder.resolve() not in tests)
     if not args.data:
         raise H.Problem("there is no data/*-balls-policy; run collect.py first, or name its "
                         "folders with --data")
@@ -471,8 +469,8 @@ def arguments():
 
 def simulated_episodes(args):
     policy, content = load_policy(args.policy)
-    # not the very episodes whose targets collect.py replays
-    data = simulate(policy, content, content["wrists"], args.episodes, args.seed + 3)
+    # not the very episodes whose targets collect.py replays: those have the seeds 1000 seed + 0, ...
+    data = simulate(policy, content, content["wrists"], args.episodes, 1000 * args.seed + 500)
     if len(data["q"]) < 8:
         raise H.Problem(f"the policy kept the object in {len(data['q'])} of {args.episodes} "
                         "simulated episodes; train it longer, or simulate more --episodes")
@@ -490,9 +488,10 @@ def main():
         if other != port:
             raise H.Problem(f"--test is of the hand {other}, --data of {port}: they must be of one "
                             "hand")
-        if (task[1].flatten(1)[:, None] == a.flatten(1)).all(2).any():
-            raise H.Problem("--test holds an episode that is in --data as well: record it with "
-                            "another --seed")
+        known = {targets.numpy().tobytes() for targets in a}
+        if any(targets.numpy().tobytes() in known for targets in task[1]):
+            raise H.Problem("--test holds an episode that is in --data as well: what is learned is "
+                            "no test. Name another folder, or record with another --seed")
         sets["off distribution: the task, with an object"] = task
     data = simulated_episodes(args)
     # What a blocked joint does next depends on what blocks it. Balls alone teach f that everything
@@ -500,25 +499,24 @@ def main():
     boxes = simulate_box(data, args.seed)
     simulated = [torch.cat(pair) for pair in zip(boxes, (data["q"], data["a"]))]
 
-    kinds = dict.fromkeys(["joint", *args.models])
-    models, f_sim = {"stays where it is": None}, {}
-    for kind in kinds:
-        model = models[kind] = pretrained(kind, *simulated, args.steps, args.seed)
-        f_sim[kind] = copy.deepcopy(model)
-        fit(model, q[~held], a[~held], args.steps, 1e-3, f"{kind}: this hand", seed=args.seed)
-    f = models["joint"]
-    origin = {"data": [str(folder) for folder in args.data], "port": port}
-    save_checkpoint(args.out / "dynamics.pt", "dynamics", config=f.config,
-                    weights=f.state_dict(), **origin)
+    models, residuals = {"stays where it is": None}, {}
+    for kind in dict.fromkeys(["joint", *args.models]):
+        f_sim = pretrained(kind, *simulated, args.steps, args.seed)
+        f = models[kind] = copy.deepcopy(f_sim)
+        fit(f, q[~held], a[~held], args.steps, 1e-3, f"{kind}: this hand", seed=args.seed)
+        for model in (f, f_sim):
+            model.requires_grad_(False)
+        residuals[kind] = fit_residual(
+            f, f_sim, data, args.residual_steps, args.cost, args.seed)
     table = table_of(models, sets)
     with H.atomic_file(args.out / "table.json", "w") as file:
         file.write(json.dumps(table, indent=1) + "\n")
-    draw_prediction(args.out / "prediction.png", f, q[held][0], a[held][0])
-
-    for kind in kinds:
-        pair = [model.requires_grad_(False) for model in (models[kind], f_sim[kind])]
-        residual = fit_residual(*pair, data, args.residual_steps, args.cost, args.seed)
-        rival = "" if kind == "joint" else f"-{kind}"
+    draw_prediction(args.out / "prediction.png", models["joint"], q[held][0], a[held][0])
+    origin = {"data": [str(folder) for folder in args.data], "port": port}
+    for kind in reversed(residuals):         # residual.pt last: where it is, all is
+        f, residual, rival = models[kind], residuals[kind], f"-{kind}" * (kind != "joint")
+        save_checkpoint(args.out / f"dynamics{rival}.pt", "dynamics", config=f.config,
+                        weights=f.state_dict(), **origin)
         save_checkpoint(args.out / f"residual{rival}.pt", "residual", config=residual.config,
                         weights=residual.state_dict(), policy=digest(args.policy), **origin)
     print(f"written to {args.out} in {(time.monotonic() - began) / 60:.1f} min")

@@ -353,7 +353,8 @@ def atomic_file(path, mode="wb"):
         raise Problem(f"cannot write {path}: {error.strerror or error}; "
                       "what is already there is whole, so mend that and run it again")
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 class Reading(NamedTuple):
@@ -364,8 +365,9 @@ class Reading(NamedTuple):
 
 
 class Hand:
-    """What every hand has in common: the only door through which a command passes. A hand of its
-    own kind adds `read()`, which returns a `Reading`, and `_write(target)`."""
+    """What every hand has in common: the only door through which a command passes, but for `press`
+    of --check. A hand of its own kind adds `read()`, which returns a `Reading`, and
+    `_write(target)`."""
     realtime = True            # the caller keeps the time; False: a command takes one tick
     target = None              # (N,) rad, last command; None while torque is off
 
@@ -532,7 +534,7 @@ def guard(port, silence, off):
         time.sleep(0.008)
 
 
-GUARD = inspect.getsource(guard)       # as it is now: somebody may edit this file meanwhile
+GUARD = inspect.getsource(guard)       # this is what runs: somebody may edit the file meanwhile
 
 
 def motors(which):
@@ -735,13 +737,16 @@ class DynamixelHand(Hand):
     def reconnect(self, patience=600):
         """After a BusError: find the adapter, reboot motors in error, wait until they are cool.
         Problem when `patience` (s) ends."""
-        until = time.monotonic() + patience
+        until, before = time.monotonic() + patience, len(self.events)
         while True:
             self.close()
             try:
                 self.bring_up()
                 return self._note("ready", "connected again")
             except Problem as problem:
+                # a try that fails is no new fault, but may have changed something
+                done = [e for e in self.events[before:] if e[1] in ("reboot", "setting")]
+                self.events[before:] = done
                 if time.monotonic() > until:
                     raise Problem(f"gave up after {patience:g} s: {problem}") from None
             time.sleep(2.0)

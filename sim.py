@@ -229,7 +229,7 @@ COMPLEX = [
                     for turn in (0, 60, 120))),
 ]
 # Families and aspect ratios as in the paper: normal cylinders 1.6-2.4 (height over radius), normal
-# cuboids 1.25-1.5 (longest over shortest edge), long cuboids 2.5-6.67, small cylinders 1.92-2.56,
+# cuboids up to 1.5 (longest over shortest edge), long cuboids 2.5-6.67, small cylinders 1.92-2.56,
 # and the cube that everyone asks about. Nothing is ever trained with what is in "held_out".
 FAMILIES = {
     "cube": [box(s, s, s) for s in (0.0525, 0.055, 0.0575)],
@@ -370,12 +370,11 @@ MEETS_BALLS = PALM | INNER | BALL | FINGERS
 
 
 def build(obj=None, *, links=H.LINKS, balls=None, wrist=(1, 0, 0, 0), cone="elliptic", impratio=10,
-          timestep=1 / (CONTROL_HZ * SUBSTEPS), integrator="implicitfast", stiffness=H.STIFFNESS,
-          damping=H.DAMPING, joint_friction=H.FRICTION, armature=H.ARMATURE, torque=H.TORQUE,
-          backlash=None):
+          timestep=1 / (CONTROL_HZ * SUBSTEPS), integrator="implicitfast", damping=H.DAMPING,
+          armature=H.ARMATURE, backlash=None):
     """The hand as an `MjSpec`, with an object in its fingers, with `balls` around it, or free.
 
-    links: the table, or one that differs from it. Joint parameters in SI units, scalar or (N,);
+    links: the table, or one that differs from it. damping, armature: SI units, scalar or (N,).
     `backlash` (N,) rad adds a passive play joint after every motor and leaves the actuators out
     (the virtual hand drives its motors itself).
 
@@ -398,9 +397,7 @@ def build(obj=None, *, links=H.LINKS, balls=None, wrist=(1, 0, 0, 0), cone="elli
     # a tree of boxes for each link costs more than it saves where a link has a few shapes
     option.disableflags |= mujoco.mjtDisableBit.mjDSBL_MIDPHASE
 
-    _add_hand(spec, links, backlash, *(
-        np.broadcast_to(np.asarray(value, float), (H.N,))
-        for value in (stiffness, damping, joint_friction, armature, torque)))
+    _add_hand(spec, links, damping, armature, backlash)
     if obj is not None:
         _add_object(spec, obj)
     if balls is not None:
@@ -413,7 +410,10 @@ def build(obj=None, *, links=H.LINKS, balls=None, wrist=(1, 0, 0, 0), cone="elli
     return spec
 
 
-def _add_hand(spec, links, backlash, stiffness, damping, joint_friction, armature, torque):
+def _add_hand(spec, links, damping, armature, backlash):
+    damping, armature, stiffness, friction, torque = (
+        np.broadcast_to(np.asarray(values, float), (H.N,))
+        for values in (damping, armature, H.STIFFNESS, H.FRICTION, H.TORQUE))
     bodies = {None: spec.worldbody}
     for link in links:
         body = bodies[link.name] = bodies[link.parent].add_body(
@@ -423,7 +423,7 @@ def _add_hand(spec, links, backlash, stiffness, damping, joint_friction, armatur
             i, name = H.JOINTS.index(link.joint), link.joint.name
             body.add_joint(
                 name=name, axis=link.joint.axis, range=(link.joint.low, link.joint.high), limited=1,
-                armature=armature[i], frictionloss=joint_friction[i],
+                armature=armature[i], frictionloss=friction[i],
                 damping=0 if backlash is None else damping[i])
             if backlash is None:
                 motor = spec.add_actuator(
@@ -502,16 +502,11 @@ def set_object(model, data, mass, friction, centre, rubber=1.0, plastic=PLASTIC,
     model.body_inertia[body] *= mass / model.body_mass[body]
     model.body_mass[body] = mass
     model.body_ipos[body] = centre
-    tips, links = hand_geoms(model)
+    hand = model.geom_priority == 1
+    tips = hand & (model.geom_condim == TIP_CONDIM)
+    model.geom_friction[hand, 0] = friction * plastic
     model.geom_friction[tips, :2] = friction * rubber, friction * rubber * patch
-    model.geom_friction[links, 0] = friction * plastic
     mujoco.mj_setConst(model, data)
-
-
-def hand_geoms(model):
-    """Which geoms of a model are rubber tips and which are links of the hand, two (ngeom,) bool."""
-    of_hand = model.geom_priority == 1
-    return of_hand & (model.geom_condim == TIP_CONDIM), of_hand & (model.geom_condim == LINK_CONDIM)
 
 
 def _fingertips(q):
@@ -696,8 +691,8 @@ class Rotation:
 
         self.state = np.zeros((n, 1 + m.nq + m.nv))
         self.target, self.measured = np.zeros((n, H.N)), np.zeros((n, H.N))
-        self.stiffness = np.tile(m.actuator_gainprm[:, 0], (n, 1))       # N m / rad
-        self.dry = np.tile(m.dof_frictionloss[:H.N], (n, 1))             # N m
+        self.stiffness = np.zeros((n, H.N)) + H.STIFFNESS    # N m / rad
+        self.dry = np.zeros((n, H.N)) + H.FRICTION           # N m
         self.rub = np.zeros((n, H.N))                        # friction per torque of a motor
         self.zero = np.zeros((n, H.N))                       # rad, error of the encoders
         self.command_delay = np.zeros(n, int)                # substeps
@@ -730,7 +725,6 @@ class Rotation:
             if "size" in self.randomize:
                 obj = scaled(obj, 1 + self.rng.uniform(-SIZE, SIZE))
             compiled.append(build(obj, links=links, **physics).compile())
-        self._usual = compiled[0]
         self._ipos = [m.body("object").ipos.copy() for m in compiled]
         return [copy.copy(compiled[i % count]) for i in range(self.n)]
 
@@ -796,10 +790,10 @@ class Rotation:
             far = level * rng.random()
             share = 1 + far * (rng.uniform(*STIFFNESS, H.N) - 1)
             dry = 1 + far * (rng.uniform(*DRY_FRICTION, H.N) - 1)
-            self.stiffness[i] = share * self._usual.actuator_gainprm[:, 0]
+            self.stiffness[i] = share * H.STIFFNESS
             model.actuator_gainprm[:, 0] = self.stiffness[i]
             model.actuator_biasprm[:, 1] = -self.stiffness[i]
-            self.dry[i] = dry * self._usual.dof_frictionloss[:H.N]
+            self.dry[i] = dry * H.FRICTION
             self.rub[i] = level * rng.uniform(*LOAD_FRICTION) * rng.uniform(*UNEVEN, H.N)
             self.zero[i] = far * rng.uniform(-ZERO_ERROR, ZERO_ERROR, H.N)
         if "delay" in self.randomize:
@@ -823,8 +817,7 @@ class Rotation:
         sent = np.where(late[:, :, None], self.target[:, None], target[:, None])
         self.target = np.array(target)                       # ours: a reset writes into it
         if self.pushes is not None:
-            now = np.minimum(self.steps, EPISODE - 1)
-            self.vel[:, :3] += self.pushes[np.arange(self.n), now]
+            self.vel[:, :3] += self.pushes[np.arange(self.n), self.steps]
         elif "push" in self.randomize:
             self.vel[:, :3] += random_pushes(self.rng, self.n)
         if "motor" in self.randomize:
@@ -934,17 +927,14 @@ class Referee:
                 "RotP": self.RotP / np.maximum(self.held, 1)}
 
 
-def run_episodes(env, act, record=None, title=None, trials=None, restarted=None):
+def run_episodes(env, act, record=None, title=None, trials=None):
     """Let `act(env) -> targets (n, N)` drive every environment of `env` for one 20 s episode, of
-    `trials` if given. Returns the dict of `Referee`. `record(env)` is called after every step, and
-    `restarted(ids)` when episodes begin in the environments `ids`: all, then those that fell."""
+    `trials` if given. Returns the dict of `Referee`. `record(env)` is called after every step."""
     if trials:
         env.begin(trials)
     else:
         env.pushes = None
         env.reset(np.arange(env.n))
-    if restarted:
-        restarted(np.arange(env.n))
     referee = Referee(env.axis, env.pos, env.quat)
     bar = Progress(title, EPISODE) if title else None
     for t in range(EPISODE):
@@ -952,10 +942,7 @@ def run_episodes(env, act, record=None, title=None, trials=None, restarted=None)
         alive = referee(env.pos, env.quat, lost=env.fallen)
         if record:
             record(env)
-        ids = np.flatnonzero(env.fallen)
-        env.reset(ids)
-        if restarted:
-            restarted(ids)
+        env.reset(np.flatnonzero(env.fallen))
         if bar:
             turned = referee.RotR.mean() / CONTROL_HZ
             bar(t + 1, f"{turned:.2f} rad, {100 * alive.mean():.0f} % held")
@@ -1072,7 +1059,7 @@ class VirtualHand(H.Hand):
 
     A seed draws everything hidden; nothing that trains may read it. `differs` names what is not as
     in training (all of DIFFERS, or fewer to see what each costs); README.md has the table.
-    Motor and friction are model M4 of "Better Actuator Models" (arXiv 2410.08650); its viscous
+    The motor is model M6 of "Better Actuator Models" (arXiv 2410.08650), friction M4; its viscous
     friction is the joints' damping.
     load: "none", "balls" (the Chaos Box) or an `Object` to hold. Time is simulated: every `command`
     lets 50 ms pass.
@@ -1462,18 +1449,16 @@ def show(viewer, rows, target, q, arrows):
     viewer.sync()
 
 
-def pyplot():
-    """matplotlib.pyplot that draws to files, without a screen."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot
-    return matplotlib.pyplot
+def subplots(rows, columns, figsize, layout="constrained", **options):
+    """A figure that is drawn to a file, without a screen, and its axes."""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize, layout=layout)
+    return figure, figure.subplots(rows, columns, **options)
 
 
 def save_figure(figure, path):
     with H.atomic_file(path) as file:
         figure.savefig(file, dpi=90)
-    pyplot().close(figure)
 
 
 def save_npz(path, **arrays):
@@ -1503,6 +1488,14 @@ def load_npz(path, *names):
     return arrays
 
 
+def say(text, end="\n"):
+    """A line on stderr, in place of the live one; one that stays live (end "") is cut to fit."""
+    terminal = sys.stderr.isatty()
+    if terminal and not end:
+        text = text[:os.get_terminal_size(sys.stderr.fileno()).columns - 1]
+    print(f"\r{text}\x1b[K" if terminal else text, end=end, file=sys.stderr, flush=True)
+
+
 class Progress:
     """One live line: done/total, rate, time left, and whatever numbers the caller adds."""
 
@@ -1510,11 +1503,13 @@ class Progress:
         self.title, self.total, self.unit = title, total, unit
         self.start, self.shown, self.first = time.monotonic(), 0.0, None
 
-    def __call__(self, done, text=""):
+    def __call__(self, done, text="", last=False):
+        """`last`: it ends here, if not at the total."""
         now, live = time.monotonic(), sys.stderr.isatty()
+        last |= done >= self.total
         if self.first is None:               # what an earlier run had done is not this run's rate
             self.first = done
-        if done < self.total and now - self.shown < (0.2 if live else 30):
+        if not last and now - self.shown < (0.2 if live else 30):
             return
         self.shown = now
         line = f"{self.title}: {done:,.0f}/{self.total:,.0f}{self.unit}"
@@ -1523,6 +1518,4 @@ class Progress:
             left = (self.total - done) / rate
             pace = f"{rate:,.1f}/s" if rate >= 1 else f"{60 * rate:,.1f}/min"
             line += f" {pace}, {left // 60:.0f}:{left % 60:02.0f} left"
-        line = f"{line}  {text}"
-        end = "\n" if not live or done >= self.total else ""
-        print(f"\r{line}\x1b[K" if live else line, end=end, file=sys.stderr, flush=True)
+        say(f"{line}  {text}", end="\n" if last or not live else "")

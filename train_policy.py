@@ -2,14 +2,14 @@
 
     python train_policy.py                        # cylinders and cuboids, +-z, palm up and down
     python train_policy.py --family cube --wrist palm_up --axis z+ --steps 4e6 --out runs/cube
-    python train_policy.py --everything --start checkpoints/oracle-cylinder.pt --out runs/all
-                                                  # every family, axis and wrist: 7 h
+    python train_policy.py --everything --start checkpoints/everything --out runs/all
+                                                  # every family, axis and wrist: a night
     torchrun --nproc-per-node 2 train_policy.py   # with a process, and part of the hands, per core
 
 reads   nothing (grasps are sampled on first use and cached)
 writes  OUT/oracle-FAMILY.pt   one PPO specialist per object family, which sees everything that the
-                               simulator knows, and begins with what the one before has learned;
-                               with all that training needs to go on
+                               simulator knows, and begins with what the one before has learned,
+                               or with --start; with all that training needs to go on
         OUT/policy.pt          the generalist: cloned from the oracles, sees joint encoders alone
         OUT/curve.png, OUT/policy-WRIST.gif, OUT/results.json
 Run it again with the same --out and it goes on where it stopped, as if it had not stopped; Ctrl-C
@@ -46,7 +46,7 @@ LAMBDA = 0.95            # of generalised advantage estimation
 CLIP = 0.2               # of PPO's ratio
 KL_TARGET = 0.012        # the learning rate follows the KL divergence that an update makes
 LEARNING_RATE = 5e-4     # at the start...
-SLOWEST, FASTEST = 1e-5, 2e-3
+SLOWEST, FASTEST = 1e-5, 2e-3    # far enough apart that the divergence alone decides
 CLIP_GRADIENT = 1.0      # actor and critic each: one clip for both starves the actor
 MEAN_BOUND = 1.1         # means beyond the clip of the action have no gradient home...
 MEAN_COST = 0.01         # ...so they pay
@@ -59,14 +59,14 @@ HOLDS = 0.75
 RAISE_RAD = {"x": 3.2, "y": 5.0, "z": 7.0, "other": 5.4}     # rad per 20 s: 45 % of the paper's
 RAISE_HELD = 0.6         # share of the episode
 LOWER = 0.5              # below this share of RAISE_RAD the level goes down again
-RAISE = 1 / 8
+RAISE = 1 / 16
 ENOUGH = 192, 12         # episodes of all cells, and at least of one, before its level may change
 GO_ON = 0.5              # at level 1, share of held episodes after which another task goes on
 
 # The generalist
-ROUNDS = 6, 12           # per oracle: the lesson, everything; of one episode in every environment
+ROUNDS = 6, 12           # per oracle: the lesson, everything; of 400 control steps
 CLONING = 2              # rounds per oracle in which the oracle drives
-HANDS = 4                # in a round, over ENVS
+HANDS = 4                # in a round, times --envs
 GRADIENT_STEPS = 800     # after each round
 CLONING_BATCH = 1024
 CLONING_RATE = 1e-3
@@ -74,7 +74,7 @@ KEPT = 0.25              # share of the control steps that are kept: neighbours 
 REDIRECT = 1 / 200       # of wrist and axis, chance per control step while the student drives
 
 # ------------------------------------------------------------------------------------- reward
-# r = a_rot r_rot + a_goal r_goal + a_pen r_pen
+# r = a_rot r_rot + a_goal r_goal + r_pen, and what is marked as ours; see `Task.advance`.
 # A pair is for the level 0 and 1 of the curriculum: turning is found first, then it must hold.
 C_ROT = 0.75             # rad/s, clip of the rewarded rotation; paper 0.5
 A_ROT = 5.0              # not given in the paper
@@ -86,7 +86,7 @@ A_POSE = 1.0             # paper 0.3; at the end of a stroke it pays to lift the
 ALIVE = 1.0              # ours: a held object stays worth more than a thrown one despite A_POSE
 A_CONTACT = 0.1          # ours: per fingertip in contact, up to three
 A_POS = 10.0             # ours, per m from where the grasp held it: objects are squeezed out slowly
-FALL_PENALTY = 40.0, 120.0       # ours: a hold is worth more than the last turn before a drop
+FALL_PENALTY = 40.0, 220.0       # ours: a hold is worth more than the last turn before a drop
 
 
 class Task:
@@ -122,31 +122,24 @@ class Task:
         quarter = sim.from_axis_angle(env.axis[ids], np.full(len(ids), np.pi / 2))
         self.goal[ids] = sim.multiply(quarter, env.quat[ids])
 
-    def advance(self):
-        """Once after every `env.step`, before anything is reset."""
-        reached = self._goal_angle() < np.radians(15)
-        reward = self._reward(reached)
-        self.start(np.flatnonzero(reached))
-        return reward
-
-    def _goal_angle(self):
-        return np.linalg.norm(sim.rotation_between(self.env.quat, self.goal), axis=1)
-
     def torque(self):
         """What the textbook motors do (n, N) N m."""
         env = self.env
         torque = H.STIFFNESS * (env.target - env.measured) - H.DAMPING * env.dq
         return np.clip(torque, -H.TORQUE, H.TORQUE)
 
-    def _reward(self, reached):
-        """(n,) reward of the control step just made."""
+    def advance(self):
+        """Once after every `env.step`, before anything is reset: (n,) reward of the control step
+        just made. Whoever has reached its guiding goal gets the next one."""
         env = self.env
         k, torque = env.axis, self.torque()
         level = env.level[env.cell]
         a_rotp, penalty = (np.interp(level, (0, 1), pair) for pair in (A_ROTP, FALL_PENALTY))
         r_rot = np.clip((env.omega * k).sum(1), -C_ROT, C_ROT)
         a_rot = A_ROT * np.where(self.holds, 1.0, 0.5)[env.cell]
-        r_goal = np.clip(0.2 / (self._goal_angle() + 0.1), 0, 1) + GOAL_BONUS / A_GOAL * reached
+        away = np.linalg.norm(sim.rotation_between(env.quat, self.goal), axis=1)
+        reached = away < np.radians(15)
+        r_goal = A_GOAL * np.clip(0.2 / (away + 0.1), 0, 1) + GOAL_BONUS * reached
         r_pen = (
             -a_rotp * np.abs(np.cross(env.omega, k)).sum(1)
             - A_LIN * (env.vel[:, :3] ** 2).sum(1)
@@ -155,7 +148,8 @@ class Task:
             - A_TORQUE * (torque ** 2).sum(1))
         contacts = np.minimum((env.contact[:, :, 0] > 0).sum(1), 3)
         drift = np.minimum(np.linalg.norm(env.pos - env.home, axis=1), sim.FALL)
-        r = ALIVE + a_rot * r_rot + A_GOAL * r_goal + r_pen + A_CONTACT * contacts - A_POS * drift
+        r = ALIVE + a_rot * r_rot + r_goal + r_pen + A_CONTACT * contacts - A_POS * drift
+        self.start(np.flatnonzero(reached))
         # squares of speeds have no bound, and one glitch of the simulator among millions of steps
         # spoils the scale of the returns, then the critic, then the policy
         return np.maximum(r, -penalty) - penalty * env.fallen
@@ -244,7 +238,7 @@ class Normalizer(nn.Module):
         if RANKS > 1:
             square = var + mean ** 2
             average(mean, square)
-            var = square - mean ** 2
+            var = (square - mean ** 2).clamp(min=0)      # a constant, rounded
         delta, total = mean - self.mean, self.count + n
         self.mean += delta * n / total
         between = delta ** 2 * self.count * n / total
@@ -324,7 +318,8 @@ def load_checkpoint(path, kind):
     if found != kind:
         raise H.Problem(f"{path} holds a {found}, not a {kind}")
     if name != H.HAND or joints != [joint.name for joint in H.JOINTS]:
-        raise H.Problem(f"{path} is for the hand {name}; the table in hand.py describes {H.HAND}")
+        raise H.Problem(f"{path} is for the hand {name}; the table in hand.py describes {H.HAND}"
+                        f"{', with other joints' if name == H.HAND else ''}")
     return content
 
 
@@ -371,17 +366,17 @@ def simulate(policy, content, wrists, episodes, seed, title="simulate the policy
     (n, N) the target before the first of them, wrist (n, 4), axis (n, 3)."""
     objects = sim.objects_of("+".join(content["families"]))
     env = sim.Rotation(episodes, objects, wrists, content["axes"], seed=seed, noise=0)
-    q, a, begin = [], [], {}
+    q, before = [], []
 
     def watched(env):
-        if not begin:
-            begin.update(first=env.target.copy(), wrist=env.wrist.copy(), axis=env.axis.copy())
         q.append(env.measured.copy())
-        a.append(act(policy, env))
-        return a[-1]
+        before.append(env.target.copy())
+        return act(policy, env)
 
     held = sim.run_episodes(env, watched, title=title)["TTF"] >= EPISODE / sim.CONTROL_HZ
-    rows = dict(q=np.swapaxes(q, 0, 1), a=np.swapaxes(a, 0, 1), **begin)
+    # of those that fell, which begin anew, nothing is kept
+    rows = dict(q=np.swapaxes(q, 0, 1), a=np.swapaxes([*before[1:], env.target], 0, 1),
+                first=before[0], wrist=env.wrist, axis=env.axis)
     return {name: torch.tensor(x[held], dtype=torch.float32) for name, x in rows.items()}
 
 
@@ -644,12 +639,16 @@ def train_oracle(family, args, path, start=None):
     bar = sim.Progress(f"oracle {family}", steps, " steps")
     saved = time.monotonic()
     # four fifths of the time are for the oracles
-    limit = 0.8 * 60 * args.minutes / len(args.family) if args.minutes else np.inf
-    while training.steps < steps and training.seconds < limit:
+    limit = 0.8 * 60 * args.minutes / len(args.family)
+
+    def going():
+        return training.steps < steps and training.seconds < limit
+
+    while going():
         losses = training.iterate()
         if RANK:
             continue
-        bar(min(training.steps, steps), f"{training.status()}  {losses}")
+        bar(min(training.steps, steps), f"{training.status()}  {losses}", last=not going())
         if time.monotonic() - saved > 60:
             saved = time.monotonic()
             training.save()
@@ -672,7 +671,8 @@ def for_the_same(path, args):
     _, saved = load_policy(path)
     same = all(saved.get(name) == value for name, value in purpose(args).items())
     if not same or (saved["rounds"] < args.rounds and "optimizer" not in saved):
-        raise H.Problem(f"{path} was trained for something else; choose another --out or delete it")
+        raise H.Problem(f"{path} is finished, or was trained for something else; choose another "
+                        "--out or delete it")
     return saved
 
 
@@ -740,6 +740,7 @@ class Cloning:
         task, seen, labels, lasted = Task(env), [], [], np.ones(env.n, bool)
 
         def drive(env):
+            task.start(np.flatnonzero(env.steps == 0))
             seen.append(env.observe().half())
             mean = oracle.act(task.observe()).clamp(-1, 1)
             labels.append(mean.half())
@@ -753,7 +754,7 @@ class Cloning:
             if not cloning:
                 task.redirect(np.flatnonzero(env.rng.random(env.n) < REDIRECT))
 
-        result = sim.run_episodes(env, drive, watch, restarted=task.start)
+        result = sim.run_episodes(env, drive, watch)
         rows = torch.rand(len(seen), env.n) < KEPT
         if cloning and lasted.any():
             rows &= torch.from_numpy(lasted)
@@ -790,10 +791,14 @@ def clone(oracles, args, path):
     """One generalist from `oracles`, a list of (family, oracle); goes on from `path`."""
     cloning = Cloning(oracles, args, path)
     bar = sim.Progress("generalist", args.rounds, " rounds")
-    limit = 0.2 * 60 * args.minutes if args.minutes else np.inf
-    while cloning.rounds < args.rounds and cloning.seconds < limit:
+    limit = 0.2 * 60 * args.minutes
+
+    def going():
+        return cloning.rounds < args.rounds and cloning.seconds < limit
+
+    while going():
         text = cloning.iterate()
-        bar(cloning.rounds, text)
+        bar(cloning.rounds, text, last=not going())
     if cloning.rounds >= args.rounds:
         cloning.finish()
     return cloning.student.eval(), cloning.seconds
@@ -802,8 +807,7 @@ def clone(oracles, args, path):
 # ------------------------------------------------------------------------------------- results
 def draw_curve(path, curve):
     """Rotation, holding and level over the steps of training, per group of cells."""
-    plt = sim.pyplot()
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    figure, axes = sim.subplots(1, 3, figsize=(13, 4))
     columns = (("turned", 1, "radians per 20 s"), ("held", 20, "time to fall, s"),
                ("level", 1, "level of the curriculum"))
     cells = list(dict.fromkeys(row.cell for row in curve))
@@ -861,8 +865,9 @@ def arguments():
         help="the first begins with this oracle's weights; a folder: each with its own there")
     add("--rounds", type=int,
         help="of cloning (default: {} for each oracle; --everything: {})".format(*ROUNDS))
-    add("--minutes", type=float, help="stop earlier, after so long in all")
-    add("--envs", type=int, default=ENVS)
+    add("--minutes", type=float, default=np.inf, help="stop earlier, after so long in all")
+    add("--envs", type=int, default=ENVS,
+        help=f"hands that learn together; a round of cloning has {HANDS} times as many")
     add("--randomize", nargs="*", default=sim.EVERYTHING, choices=sim.EVERYTHING,
         help="what differs from episode to episode (default: all)")
     add("--seed", type=int, default=0)
@@ -872,7 +877,7 @@ def arguments():
     everything = ([*lesson[0], "long", "small", "complex"],
                   [*sim.WRISTS, sim.ANY], [*sim.AXES, sim.ANY])
     args.steps = args.steps or (
-        [20e6] if args.everything else [7.5e6] if args.family else [4e6, 8e6])
+        [20e6] if args.everything else [7.5e6] if args.family else [3e6, 6e6])
     for name, *usual in zip(("family", "wrist", "axis"), lesson, everything):
         setattr(args, name, getattr(args, name) or usual[args.everything])
         setattr(args, name, list(dict.fromkeys(getattr(args, name))))
@@ -884,13 +889,11 @@ def arguments():
     for family in args.family:                           # raises on an unknown one
         if any(obj.family == "held_out" for obj in sim.objects_of(family)):
             raise H.Problem(f"{family}: what is held out is for measuring, not for training")
-    if args.seed < 0:
-        raise H.Problem("--seed must not be negative")
-    if not min(args.steps) > 0 or args.rounds < len(args.family) or args.envs < 4 * RANKS:
-        raise H.Problem("--steps must be positive, --rounds at least one for each family, and "
-                        "--envs at least 4 for each process")
-    if args.minutes is not None and not args.minutes > 0:
-        raise H.Problem("--minutes must be positive")
+    if not all(number > 0 for number in (*args.steps, args.minutes)) or args.seed < 0:
+        raise H.Problem("--steps and --minutes must be positive, --seed not negative")
+    if args.rounds < len(args.family) or args.envs < 4 * RANKS:
+        raise H.Problem("--rounds must be at least one for each family, and --envs at least 4 for "
+                        "each process")
     return args
 
 
@@ -904,8 +907,9 @@ def main():
     curve, oracles, seconds, start = [], [], 0.0, args.start
     for family in args.family:
         path = args.out / f"oracle-{family.replace('+', '-')}.pt"
-        if args.start and (args.start / path.name).exists():
-            start = args.start / path.name
+        if args.start and args.start.is_dir():
+            own = args.start / path.name
+            start = own if own.exists() or start == args.start else start
         oracle, rows, spent = train_oracle(family, args, path, start)
         start = path
         oracles.append((family, oracle))

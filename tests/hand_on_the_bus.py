@@ -11,6 +11,7 @@ gravity pulls. There is play in the gears, and zeros are up to two degrees off. 
 differs from hand to hand. Kinematics, masses, stops and boxes are those of the table in hand.py.
 """
 import contextlib
+import inspect
 import math
 
 import dynamixel_sdk
@@ -286,5 +287,5 @@ def in_process(bus):
     """hand.py talks to this bus, in this process, and both live by the clock of the bus."""
     port = dict(PortHandler=lambda path: Port(bus))
     with patched(emulated_bus, time=bus.clock), patched(dynamixel_sdk, **port), \
-            patched(H, time=bus.clock, guard=guard, **(port if hasattr(H, "PortHandler") else {})):
+            patched(H, time=bus.clock, GUARD=inspect.getsource(guard)):
         yield

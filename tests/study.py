@@ -51,11 +51,15 @@ def study(k, args, wrists):
         of |= {args.results / f"sim{k}-{kind}.json": fitted / f"residual-{kind}.pt"
                for kind in RIVALS}
     missing = [result for result in of if not result.exists()]
+    asked = {"policy": train_policy.digest(args.policy), "episodes": args.episodes}
     for result in of.keys() - missing:
-        if json.loads(result.read_text())["policy"] != train_policy.digest(args.policy):
-            raise H.Problem(f"{result} is of another policy: delete it, or name other --results")
+        report = json.loads(result.read_text())
+        if any(report[name] != value for name, value in asked.items()):
+            raise H.Problem(f"{result} is of another policy, or of other --episodes: delete it, or "
+                            "name other --results")
     if not all(of[result].exists() for result in missing):
         fit(k, args, wrists, fitted)
+        missing = list(of)                   # all residuals are new
     for result in missing:
         compare(f"sim:{k}", args, wrists, of[result], result)
     return list(of)
@@ -72,7 +76,7 @@ def fit(k, args, wrists, fitted):
         run("deploy.py", "--base", "--port", port, "--policy", policy, "--wrist", *wrists,
             "--episodes", args.recorded, "--seed", RECORDED, "--record", task)
     run("fit_ndm.py", "--data", *boxes, *[task] * bool(args.recorded), "--policy", policy,
-        "--models", "joint", *RIVALS * args.rivals, "--out", fitted)
+        "--models", "joint", *(RIVALS if args.rivals else ()), "--out", fitted)
 
 
 def compare(port, args, wrists, residual, result):
@@ -106,7 +110,8 @@ def rivals_table(files):
     rows = np.array([[tables.gap_row(report) for report in tables.read_gaps(hand)]
                      for hand in files])
     gain, held = rows[..., 3], rows[..., 6] - rows[..., 5]
-    lines = ["mean, 95 % +-     gain, rad       held, s  against joint, rad"]
+    heads = "gain, rad", "held, s", "against joint"
+    lines = ["mean, 95 %  " + "".join(f"{head:>16}" for head in heads)]
     for n, kind in enumerate(("joint", *RIVALS)):
         columns = np.stack([gain[:, n], held[:, n], gain[:, n] - gain[:, 0]], 1)
         mean, _, half = tables.over_hands(columns)

@@ -138,8 +138,7 @@ def gap_table(reports):
 
 def draw_gaps(reports, picture):
     """Bars of every hand, with the standard error over episodes."""
-    plt = sim.pyplot()
-    figure, axes = plt.subplots(1, 2, figsize=(11, 3.6), layout="constrained")
+    figure, axes = sim.subplots(1, 2, figsize=(11, 3.6))
     labels = "training simulator", "hand, policy alone", "hand, policy + residual"
     panels = (("RotR", 1 / H.CONTROL_HZ, "radians turned in 20 s"), ("TTF", 1, "time to fall, s"))
     for axis, (metric, scale, title) in zip(axes, panels):
@@ -222,7 +221,6 @@ def steering_table(args):
 
 def draw_objects(path):
     """Every object of sim.py, drawn to the same scale in front of its family's name."""
-    plt = sim.pyplot()
     # of one name are sizes of the same shape
     families = {family: list({obj.name: obj for obj in objects}.values())
                 for family, objects in sim.FAMILIES.items()}
@@ -234,8 +232,8 @@ def draw_objects(path):
     rows = {family: reach(seen.any(1)) for family, seen in drawn.items()}
     heights = [bottom - top for top, bottom in rows.values()]
     wide = 10 / (columns * (right - left))               # inches per pixel
-    figure, axes = plt.subplots(
-        len(families), columns, figsize=(10, wide * sum(heights)), gridspec_kw=dict(
+    figure, axes = sim.subplots(
+        len(families), columns, (10, wide * sum(heights)), layout=None, gridspec_kw=dict(
             wspace=0, hspace=0, left=0.05, right=1, top=1, bottom=0, height_ratios=heights))
     for axis in axes.flat:
         axis.axis("off")

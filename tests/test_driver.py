@@ -561,6 +561,25 @@ def test_repeated_faults_end_with_a_report(bus, hand):
     assert not isinstance(error.value, H.BusError) and not driving(bus)
 
 
+def test_tries_to_reconnect_that_fail_are_no_new_faults(bus, hand):
+    hold(hand, np.zeros(16), 3)
+    bus.voltage = 3.8
+    with pytest.raises(H.BusError, match="supply at the motors is 3.8"):
+        hold(hand, np.zeros(16), 60)
+    before = list(hand.events)
+    with pytest.raises(H.Problem, match="gave up"):
+        hand.reconnect(patience=0.5)
+    assert hand.events == before
+    bus.reboot_time = 0.02
+    bus.overload(6)                                      # which a try mends, and then it fails
+    with pytest.raises(H.Problem, match="gave up"):
+        hand.reconnect(patience=0.5)
+    assert [kind for _, kind, _ in hand.events[len(before):]] == ["reboot"]
+    bus.voltage = 5.0
+    hand.reconnect()
+    hold(hand, np.zeros(16), 3)
+
+
 def test_unplugged_and_plugged_in_again(bus, hand):
     hold(hand, np.zeros(16), 3)
     bus.unplug()

@@ -22,6 +22,7 @@ import deploy
 import fit_ndm
 import hand as H
 import sim
+import study
 import tables
 import train_policy
 from conftest import ROOT, WINDOWS, finish, one_line_problem, run, start, wait_for
@@ -330,6 +331,12 @@ def test_ctrl_d_at_the_wrist_prompt_is_one_line(real, toy_policy, tmp_path, monk
     assert hand.commands == 0
 
 
+def test_only_numbers_are_trajectories(tmp_path):
+    for name in ("00001.jammed", "00001 (1).jammed", "copy.jammed", "old.npz"):
+        (tmp_path / name).touch()
+    assert collect.there(tmp_path, {}) == (set(), {1})
+
+
 # -------------------------------------------------------------------------------- fit_ndm, deploy
 def test_fit_ndm_writes_models_table_and_pictures(pipeline):
     out, said, _ = pipeline
@@ -441,6 +448,25 @@ def test_hand_and_training_simulator_get_the_same_trials(pipeline, toy_policy, m
     assert 0 < result["TTF"] <= 20 and len(pushes) >= 20 * result["TTF"]
 
 
+@pytest.mark.parametrize("lost", [3, sim.EPISODE, None])
+def test_what_was_dropped_is_not_recorded_not_even_in_the_last_step(
+        toy_policy, tmp_path, monkeypatch, lost):
+    usual, steps = deploy.still_held, iter(range(1, sim.EPISODE + 1))
+    monkeypatch.setattr(sim, "FALL", np.inf)
+
+    def still_held(hand, referee):
+        if next(steps) == lost:
+            monkeypatch.setattr(sim, "FALL", -1.0)
+        return usual(hand, referee)
+
+    monkeypatch.setattr(deploy, "still_held", still_held)
+    (trial,) = sim.trials(sim.objects_of("cube")[:1], WRIST, ["+z"], 1, 5)
+    args = argparse.Namespace(policy=toy_policy, residual=None, record=tmp_path, port="sim:3:box",
+                              facts={})
+    deploy.measured_episode((args, trial, None, 7, None))
+    assert len(shards(tmp_path)) == (lost is None)
+
+
 def test_the_benchmark_is_the_papers_table(toy_policy, tmp_path, monkeypatch, capsys):
     """With a policy that holds still: nothing turns, nothing falls, and few goals are near."""
     monkeypatch.setitem(sim.FAMILIES, "held_out", sim.FAMILIES["cube"][:2])
@@ -489,6 +515,25 @@ def test_several_hands_make_one_table(tmp_path, capsys):
     assert table["palm_up"][:3] == ["13.00", "6.50", "8.00"] and table["palm_up"][-1] == "15"
     assert table["palm_down"][-1] == "75"
     assert (tmp_path / "gap.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_rivals_are_compared_on_the_same_hands(tmp_path):
+    def report(name, gain, seconds):
+        numbers = {kind: {m: {"mean": x, "std": 1.0, "sem": 0.1} for m, x in pairs.items()}
+                   for kind, pairs in (("ceiling", {"RotR": 400, "TTF": 20}),
+                                       ("base", {"RotR": 200, "TTF": 15}),
+                                       ("residual", {"RotR": 200 + 20 * gain, "TTF": seconds}))}
+        path = tmp_path / f"{name}.json"
+        path.write_text(json.dumps({"port": "sim:0", "recovered": gain / 10, **numbers,
+                                    "wrists": {WRIST: {"recovered": gain / 10, **numbers}}}))
+        return path
+
+    hands = [[report(f"{k}{kind}", gain, 16 + k) for kind, gain in enumerate(gains)]
+             for k, gains in enumerate(((3, 1, 2), (5, 1, 0)))]
+    lines = study.rivals_table(hands)
+    assert [line.split()[0] for line in lines[1:]] == ["joint", "finger", "whole"]
+    means = [re.findall(r"(-?[\d.]+) \+-", line) for line in lines[1:]]
+    assert means == [["4.00", "1.50", "0.00"], ["1.00", "1.50", "-3.00"], ["1.00", "1.50", "-3.00"]]
 
 
 def test_deploy_records_what_fit_ndm_reads_and_is_the_same_again(pipeline, toy_policy, tmp_path):
@@ -546,6 +591,20 @@ def test_whoever_stands_by_says_whether_the_object_stayed(real, toy_policy, tmp_
     real(FakeHand(realtime=True), typed=["", "n", "", ""])
     on_a_real_hand(toy_policy, tmp_path)
     assert [path.name for path in shards(tmp_path)] == ["00001.npz"]
+
+
+def test_an_episode_is_kept_when_the_bus_fails_at_its_end(real, toy_policy, tmp_path, capsys):
+    hand = real(FakeHand(realtime=True))
+    rest = hand.rest
+
+    def failing():
+        rest()
+        raise H.BusError("the adapter is gone; torque may still be on there")
+
+    hand.rest = failing
+    on_a_real_hand(toy_policy, tmp_path)
+    assert "whole, but the adapter is gone; torque may still be on" in capsys.readouterr().out
+    assert len(shards(tmp_path)) == 2
 
 
 def test_deploy_saves_with_the_hand_at_rest(real, toy_policy, tmp_path, monkeypatch):
@@ -697,6 +756,7 @@ def bad_inputs(tmp, policy):
     train = {
         "unknown family": (("--family", "cube", "kettle", *into), "kettle"),
         "no time": (("--minutes", -1, *into), "--minutes"),
+        "no number of minutes": (("--minutes", "nan", *into), "--minutes"),
         "no steps": (("--steps", 0, *into), "--steps"),
         "steps for other families": (("--steps", 1, 2, 3, *into), "cylinder, cuboid"),
         "negative seed": (("--seed=-1", *into), "--seed"),

@@ -531,8 +531,7 @@ def test_the_hand_not_the_object_decides_what_a_contact_is_like():
     assert (model.geom_priority[own] == 0).all()
     assert (model.geom_priority[tips + links] == 1).all()
     assert (model.geom_condim[tips] == 4).all() and (model.geom_condim[links] == 3).all()
-    found = sim.hand_geoms(model)
-    assert [np.flatnonzero(kind).tolist() for kind in found] == [tips, links]
+    assert np.flatnonzero(model.geom_priority == 1).tolist() == sorted(tips + links)
 
 
 @pytest.mark.parametrize("centre", [(0, 0, 0), (0.003, -0.002, 0.001)])
@@ -1150,6 +1149,18 @@ def test_progress_says_nothing_about_a_rate_until_one_is_known(monkeypatch, caps
     assert lines[0] == "oracle: 60/100 s  all is well\n"
     assert lines[1] == "oracle: 70/100 s 15.0/min, 2:00 left  all is well\n"
     assert lines[2] == "" and lines[3] == "oracle: 100/100 s 26.7/min, 0:00 left  all is well\n"
+
+
+def test_a_live_line_fits_its_terminal_and_ends_where_the_work_does(monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(sys.stderr, "fileno", lambda: 2, raising=False)
+    monkeypatch.setattr(sim.os, "get_terminal_size", lambda fd: os.terminal_size((40, 24)))
+    bar = sim.Progress("oracle", 100)
+    bar(1, "x" * 100)
+    assert capsys.readouterr().err == "\r" + ("oracle: 1/100  " + "x" * 100)[:39] + "\x1b[K"
+    bar(30, "stopped earlier", last=True)
+    said = capsys.readouterr().err
+    assert said.startswith("\roracle: 30/100 ") and said.endswith("stopped earlier\x1b[K\n")
 
 
 # --------------------------------------------------------------------------------- the six files

@@ -23,7 +23,7 @@ def environment(n=6, **options):
 
 def arguments(out, **changes):
     usual = dict(envs=12, wrist=["palm_up", "palm_down"], axis=["+z", "-z"], seed=0, steps=1e9,
-                 rounds=3, minutes=None, start=None, family=["cube"], out=out,
+                 rounds=3, minutes=np.inf, start=None, family=["cube"], out=out,
                  randomize=sim.EVERYTHING)
     args = argparse.Namespace(**usual | changes)
     args.steps = [args.steps] * len(args.family)
@@ -228,7 +228,7 @@ def test_a_run_may_begin_with_the_weights_of_another(tmp_path):
 
 @pytest.mark.parametrize("there, starts", [
     (None, [None, "out/oracle-cube.pt"]),
-    (["oracle-cuboid.pt"], ["old", "old/oracle-cuboid.pt"]),
+    (["oracle-cuboid.pt"], ["old/oracle-cube.pt", "old/oracle-cuboid.pt"]),      # is not there
     (["oracle-cube.pt"], ["old/oracle-cube.pt", "out/oracle-cube.pt"])])
 def test_a_family_begins_with_its_own_weights_or_those_of_the_one_before(
         tmp_path, monkeypatch, there, starts):
@@ -249,7 +249,7 @@ def test_a_family_begins_with_its_own_weights_or_those_of_the_one_before(
 
 PROCESS = """
 import sys, torch, argparse, train_policy as T, sim
-args = argparse.Namespace(**eval(sys.argv[1]))
+args = argparse.Namespace(**eval(sys.argv[1], {"inf": float("inf")}))
 torch.distributed.init_process_group("gloo")
 training = T.Training("cube", args, __import__("pathlib").Path(sys.argv[2]))
 seen = [T.gather(training.env.state.sum())]
