@@ -877,7 +877,7 @@ def arguments():
     everything = ([*lesson[0], "long", "small", "complex"],
                   [*sim.WRISTS, sim.ANY], [*sim.AXES, sim.ANY])
     args.steps = args.steps or (
-        [20e6] if args.everything else [7.5e6] if args.family else [3e6, 6e6])
+        [20e6] if args.everything else [7.5e6] if args.family else [4e6, 6e6])
     for name, *usual in zip(("family", "wrist", "axis"), lesson, everything):
         setattr(args, name, getattr(args, name) or usual[args.everything])
         setattr(args, name, list(dict.fromkeys(getattr(args, name))))
