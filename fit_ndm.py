@@ -469,7 +469,7 @@ def arguments():
 
 def simulated_episodes(args):
     policy, content = load_policy(args.policy)
-    # not the very episodes whose targets collect.py replays: those have the seeds 1000 seed + 0, ...
+    # not the very episodes whose targets collect.py replays: their seeds are 1000 seed + 0, 1, ...
     data = simulate(policy, content, content["wrists"], args.episodes, 1000 * args.seed + 500)
     if len(data["q"]) < 8:
         raise H.Problem(f"the policy kept the object in {len(data['q'])} of {args.episodes} "
