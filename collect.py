@@ -188,8 +188,8 @@ def there(folder, facts):
             if str(old[name]) != str(value):
                 raise H.Problem(f"{folder} holds trajectories with {name} {old[name]}, "
                                 f"not {value}; choose another folder")
-    return tuple({int(path.stem) for path in paths}
-                 for paths in (saved, trajectories(folder, "jammed")))
+    jammed = trajectories(folder, "jammed")
+    return {int(path.stem) for path in saved}, {int(path.stem) for path in jammed}
 
 
 def missing(job):

@@ -364,10 +364,6 @@ def on_a_real_hand(args, policy, residual):
                     hand.move_to(H.GRASP)
                 controller = Controller(policy, residual, wrist, axis, H.GRASP)
                 data = H.drive(hand, controller, sim.EPISODE)
-                try:
-                    hand.rest()        # nothing strains while a slow disk is waited for
-                except H.BusError as error:
-                    print(f"the episode is whole, but {error}")
             except H.BusError as error:
                 if not watched:
                     raise
@@ -377,6 +373,10 @@ def on_a_real_hand(args, policy, residual):
                 print("looking for the hand for up to 10 minutes; Ctrl-C ends that", flush=True)
                 hand.reconnect()
                 continue
+            try:
+                hand.rest()            # nothing strains while a slow disk is waited for
+            except H.BusError as error:
+                print(f"the episode is whole, but {error}")
             number += 1
             lag, current = np.abs(data["target"] - data["q"]), np.abs(data["current"])
             print(f"episode {number}: {len(data['q'])} steps, lag {lag.mean():.3f} rad, "

@@ -514,7 +514,8 @@ def main():
     draw_prediction(args.out / "prediction.png", models["joint"], q[held][0], a[held][0])
     origin = {"data": [str(folder) for folder in args.data], "port": port}
     for kind in reversed(residuals):         # residual.pt last: where it is, all is
-        f, residual, rival = models[kind], residuals[kind], f"-{kind}" * (kind != "joint")
+        f, residual = models[kind], residuals[kind]
+        rival = "" if kind == "joint" else f"-{kind}"
         save_checkpoint(args.out / f"dynamics{rival}.pt", "dynamics", config=f.config,
                         weights=f.state_dict(), **origin)
         save_checkpoint(args.out / f"residual{rival}.pt", "residual", config=residual.config,

@@ -752,7 +752,7 @@ class Cloning:
             task.advance()
             lasted[env.fallen] = False
             if not cloning:
-                task.redirect(np.flatnonzero(env.rng.random(env.n) < REDIRECT))
+                env.redirect(np.flatnonzero(env.rng.random(env.n) < REDIRECT))
 
         result = sim.run_episodes(env, drive, watch)
         rows = torch.rand(len(seen), env.n) < KEPT
@@ -909,7 +909,8 @@ def main():
         path = args.out / f"oracle-{family.replace('+', '-')}.pt"
         if args.start and args.start.is_dir():
             own = args.start / path.name
-            start = own if own.exists() or start == args.start else start
+            if own.exists() or start == args.start:
+                start = own
         oracle, rows, spent = train_oracle(family, args, path, start)
         start = path
         oracles.append((family, oracle))

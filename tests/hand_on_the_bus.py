@@ -285,7 +285,7 @@ def patched(module, **values):
 @contextlib.contextmanager
 def in_process(bus):
     """hand.py talks to this bus, in this process, and both live by the clock of the bus."""
-    port = dict(PortHandler=lambda path: Port(bus))
-    with patched(emulated_bus, time=bus.clock), patched(dynamixel_sdk, **port), \
+    with patched(emulated_bus, time=bus.clock), \
+            patched(dynamixel_sdk, PortHandler=lambda path: Port(bus)), \
             patched(H, time=bus.clock, GUARD=inspect.getsource(guard)):
         yield

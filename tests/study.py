@@ -46,23 +46,23 @@ def study(k, args, wrists):
     """The loop on the virtual hand sim:k. Returns the files with its numbers: the method's, and
     those of its rivals."""
     fitted = args.out / f"sim{k}-ndm"
-    of = {args.results / f"sim{k}.json": fitted / "residual.pt"}
+    residual_of = {args.results / f"sim{k}.json": fitted / "residual.pt"}
     if args.rivals:
-        of |= {args.results / f"sim{k}-{kind}.json": fitted / f"residual-{kind}.pt"
-               for kind in RIVALS}
-    missing = [result for result in of if not result.exists()]
+        residual_of |= {args.results / f"sim{k}-{kind}.json": fitted / f"residual-{kind}.pt"
+                        for kind in RIVALS}
+    missing = [result for result in residual_of if not result.exists()]
     asked = {"policy": train_policy.digest(args.policy), "episodes": args.episodes}
-    for result in of.keys() - missing:
+    for result in residual_of.keys() - missing:
         report = json.loads(result.read_text())
         if any(report[name] != value for name, value in asked.items()):
             raise H.Problem(f"{result} is of another policy, or of other --episodes: delete it, or "
                             "name other --results")
-    if not all(of[result].exists() for result in missing):
+    if not all(residual_of[result].exists() for result in missing):
         fit(k, args, wrists, fitted)
-        missing = list(of)                   # all residuals are new
+        missing = list(residual_of)          # all residuals are new
     for result in missing:
-        compare(f"sim:{k}", args, wrists, of[result], result)
-    return list(of)
+        compare(f"sim:{k}", args, wrists, residual_of[result], result)
+    return list(residual_of)
 
 
 def fit(k, args, wrists, fitted):
