@@ -37,7 +37,7 @@ import hand as H
 from sim import EPISODE
 
 # ------------------------------------------------------------------------------ hyperparameters
-ENVS = 128               # hands that are stepped together: more learn less from a control step
+ENVS = 512               # hands that are stepped together
 HORIZON = 16             # control steps of each between two updates
 EPOCHS = 3               # passes over these
 MINIBATCHES = 4
@@ -66,7 +66,6 @@ GO_ON = 0.5              # at level 1, share of held episodes after which anothe
 # The generalist
 ROUNDS = 6, 12           # per oracle: the lesson, everything; of 400 control steps
 CLONING = 2              # rounds per oracle in which the oracle drives
-HANDS = 4                # in a round, times --envs
 GRADIENT_STEPS = 800     # after each round
 CLONING_BATCH = 1024
 CLONING_RATE = 1e-3
@@ -718,7 +717,7 @@ class Cloning:
         family, oracle = self.oracles[number % len(self.oracles)]
         cloning = number < CLONING * len(self.oracles)
         env = sim.Rotation(
-            HANDS * self.args.envs, sim.objects_of(family), self.args.wrist, self.args.axis,
+            self.args.envs, sim.objects_of(family), self.args.wrist, self.args.axis,
             seed=1000 * (number + 1) + self.args.seed, randomize=self.args.randomize)
         obs, label, result = self._collect(env, oracle, cloning)
         if number == 0:
@@ -866,8 +865,7 @@ def arguments():
     add("--rounds", type=int,
         help="of cloning (default: {} for each oracle; --everything: {})".format(*ROUNDS))
     add("--minutes", type=float, default=np.inf, help="stop earlier, after so long in all")
-    add("--envs", type=int, default=ENVS,
-        help=f"hands that learn together; a round of cloning has {HANDS} times as many")
+    add("--envs", type=int, default=ENVS, help="hands that learn together")
     add("--randomize", nargs="*", default=sim.EVERYTHING, choices=sim.EVERYTHING,
         help="what differs from episode to episode (default: all)")
     add("--seed", type=int, default=0)
@@ -877,7 +875,7 @@ def arguments():
     everything = ([*lesson[0], "long", "small", "complex"],
                   [*sim.WRISTS, sim.ANY], [*sim.AXES, sim.ANY])
     args.steps = args.steps or (
-        [20e6] if args.everything else [7.5e6] if args.family else [4e6, 6e6])
+        [20e6] if args.everything else [7.5e6] if args.family else [4e6, 8e6])
     for name, *usual in zip(("family", "wrist", "axis"), lesson, everything):
         setattr(args, name, getattr(args, name) or usual[args.everything])
         setattr(args, name, list(dict.fromkeys(getattr(args, name))))
