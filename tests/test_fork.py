@@ -214,11 +214,14 @@ def forked(folder, table):
     return folder
 
 
-# A script with fewer objects, grasps, gradient steps, episodes and frames; the files stay as they
-# are.
+# A script with fewer objects, grasps, gradient steps, episodes and frames, training in episodes of
+# 5 s; the files stay as they are.
 TOY = """
 import sys
-import hand, sim, train_policy, collect, fit_ndm, deploy
+import hand, sim
+if sys.argv[1] == "train_policy":
+    sim.EPISODE = 100
+import train_policy, collect, fit_ndm, deploy
 del sim.FAMILIES["cube"][1:]
 sample = sim._sample_grasps
 sim._sample_grasps = lambda model, name, test, progress: sample(

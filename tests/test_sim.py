@@ -915,6 +915,7 @@ def test_a_virtual_hand_that_differs_in_nothing_does_what_the_simulator_does():
 
 def test_an_environment_goes_on_exactly_from_a_snapshot():
     objects = [CUBE[0], *(obj for obj in sim.FAMILIES["complex"] if obj.name == "hammer")][:2]
+    small_cache(objects[1], 8)
 
     def environment():
         return sim.Rotation(4, objects, ["palm_up", "palm_down"], randomize=sim.EVERYTHING, seed=2,

@@ -11,7 +11,7 @@ import torch
 import hand as H
 import sim
 import train_policy as T
-from conftest import CUBE, ROOT
+from conftest import CUBE, ROOT, small_cache
 
 pytestmark = pytest.mark.usefixtures("grasps")
 
@@ -36,6 +36,13 @@ def small(monkeypatch):
     monkeypatch.setattr(T.Generalist.__init__, "__defaults__", (sim.OBSERVED, 16, 1))
     monkeypatch.setattr(T, "GRADIENT_STEPS", 20)
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """Episodes of 3 s."""
+    for module in (sim, T):
+        monkeypatch.setattr(module, "EPISODE", 60)
 
 
 # ---------------------------------------------------------------------- histories and episodes
@@ -148,6 +155,8 @@ def test_levels_rise_with_rotation_and_not_with_holding():
 
 def test_a_family_that_is_easy_does_not_raise_the_level_of_a_hard_one():
     objects = sim.objects_of("cube") + sim.objects_of("cylinder")[:3]
+    for obj in objects[3:]:
+        small_cache(obj, 8)
     env = sim.Rotation(12, objects, ["palm_up"], progress=False)
     assert env.cells == [("palm_up", "+z", "cube"), ("palm_up", "+z", "cylinder")]
     task = T.Task(env)
@@ -169,7 +178,7 @@ def weights(path, kind):
     return T.load_checkpoint(path, kind)["weights"]
 
 
-def test_an_interrupted_run_is_the_run_that_was_not_interrupted(tmp_path, monkeypatch):
+def test_an_interrupted_run_is_the_run_that_was_not_interrupted(tmp_path, monkeypatch, short):
     """Oracle: stopped twice, each time in the middle of episodes. Generalist: after every round."""
     monkeypatch.setattr(T, "ENOUGH", (12, 3))
     batch = 12 * T.HORIZON
@@ -194,7 +203,7 @@ def test_an_interrupted_run_is_the_run_that_was_not_interrupted(tmp_path, monkey
     assert not list((tmp_path / "interrupted").glob("cloning-*"))
 
 
-def test_a_policy_is_gone_on_with_only_for_the_same(tmp_path):
+def test_a_policy_is_gone_on_with_only_for_the_same(tmp_path, short):
     oracle = T.Oracle(217)
     path = tmp_path / "policy.pt"
     early = arguments(tmp_path, minutes=1e-9)
@@ -284,7 +293,7 @@ def test_a_run_for_something_else_is_not_gone_on_with(tmp_path):
             T.train_oracle("cube", arguments(tmp_path, steps=1e3, **changes), path)
 
 
-def test_what_was_trained_at_any_wrist_and_axis_is_evaluated_and_filmed(tmp_path):
+def test_what_was_trained_at_any_wrist_and_axis_is_evaluated_and_filmed(tmp_path, short):
     args = arguments(tmp_path, wrist=[sim.ANY], axis=[sim.ANY])
     result = T.evaluate(T.Generalist(), args, episodes=4)
     assert set(result) == {sim.ANY} and (tmp_path / "policy-any.gif").exists()
