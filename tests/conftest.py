@@ -115,12 +115,19 @@ def driving(bus):
     return any(motor.driving for motor in bus.motors.values())
 
 
-def one_line_problem(monkeypatch, capsys, module, *arguments):
-    """Run a script's main as its `__main__` does, expect status 2 and return the one line."""
+def refused(monkeypatch, capsys, module, *arguments):
+    """Run a script's main as its `__main__` does, expect status 2 and return what it says."""
     monkeypatch.setattr(sys, "argv", [module.__name__ + ".py", *map(str, arguments)])
     with pytest.raises(SystemExit) as end:
         H.run(module.main)
-    printed = capsys.readouterr().err.splitlines()
+    said = capsys.readouterr().err
+    assert end.value.code == 2, said
+    return said
+
+
+def one_line_problem(monkeypatch, capsys, module, *arguments):
+    """As `refused`; returns the one line."""
+    printed = refused(monkeypatch, capsys, module, *arguments).splitlines()
     lines = [line for line in printed if line.startswith(("error:", "Traceback"))]
-    assert end.value.code == 2 and len(lines) == 1, (end.value.code, lines)
+    assert len(lines) == 1, lines
     return lines[0]

@@ -592,7 +592,8 @@ def test_the_cost_of_steering_is_measured(toy_policy, grasps, monkeypatch, capsy
     torch.save(content | KNOWN, tmp_path / "policy.pt")
     monkeypatch.setattr(sys, "argv", [
         "tables.py", "--steer", "--policy", str(tmp_path / "policy.pt"), "--episodes", "2",
-        "--workers", "1", "--port", "sim:100:wrist", "--residual", str(ROOT / "checkpoints/residual.pt")])
+        "--workers", "1", "--port", "sim:100:wrist",
+        "--residual", str(ROOT / "checkpoints/residual.pt")])
     tables.main()
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[:2] for line in lines[2:]] == [

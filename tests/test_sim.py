@@ -914,7 +914,7 @@ def test_a_virtual_hand_that_differs_in_nothing_does_what_the_simulator_does():
 
 
 def test_an_environment_goes_on_exactly_from_a_snapshot():
-    objects = [CUBE[0], *(obj for obj in sim.FAMILIES["complex"] if obj.name == "hammer")][:2]
+    objects = [CUBE[0], sim.objects_of("hammer")[0]]
     small_cache(objects[1], 8)
 
     def environment():
