@@ -10,7 +10,9 @@ reads   nothing (grasps are sampled on first use and cached)
 writes  OUT/oracle-FAMILY.pt   one PPO specialist per object family, which sees everything that the
                                simulator knows, and begins with what the one before has learned,
                                or with --start; with all that training needs to go on
-        OUT/policy.pt          the generalist: cloned from the oracles, sees joint encoders alone
+        OUT/policy.pt          the generalist: cloned from the oracles, then fine-tuned; sees joint
+                               encoders alone
+        OUT/fine-tuned.pt      all that fine-tuning needs to go on
         OUT/curve.png, OUT/policy-WRIST.gif, OUT/results.json
 Run it again with the same --out and it goes on where it stopped, as if it had not stopped; Ctrl-C
 at any moment leaves valid files.
@@ -46,7 +48,7 @@ LAMBDA = 0.95            # of generalised advantage estimation
 CLIP = 0.2               # of PPO's ratio
 KL_TARGET = 0.012        # the learning rate follows the KL divergence that an update makes
 LEARNING_RATE = 5e-4     # at the start...
-SLOWEST, FASTEST = 1e-5, 2e-3    # far enough apart that the divergence alone decides
+SLOWEST, FASTEST = 1e-6, 2e-3    # far enough apart that the divergence alone decides
 CLIP_GRADIENT = 1.0      # actor and critic each: one clip for both starves the actor
 MEAN_BOUND = 1.1         # means beyond the clip of the action have no gradient home...
 MEAN_COST = 0.01         # ...so they pay
@@ -71,6 +73,14 @@ CLONING_BATCH = 1024
 CLONING_RATE = 1e-3
 KEPT = 0.25              # share of the control steps that are kept: neighbours are alike
 REDIRECT = 1 / 200       # of wrist and axis, chance per control step while the student drives
+
+# The generalist, fine-tuned by PPO: it has copied oracles that know what it cannot know
+TUNING = 0.75e6, 5e6     # control steps: the lesson, everything
+TUNING_STD = 0.2         # of its noise
+TUNING_KL = 0.004        # at KL_TARGET what cuboids turn falls again
+TUNING_RATE = 2e-5       # at the start
+
+SHARES = 0.75, 0.15, 0.1         # of --minutes: oracles, cloning, fine-tuning
 
 # ------------------------------------------------------------------------------------- reward
 # r = a_rot r_rot + a_goal r_goal + r_pen, and what is marked as ours; see `Task.advance`.
@@ -403,12 +413,12 @@ def group(cell, cells):
 class Curriculum:
     """Counts finished episodes and raises `env.level` and `task.holds`, for each cell by itself:
     one that learns fast would raise the level of one that has not learned to turn yet, and at full
-    gravity it never does."""
+    gravity it never does. No level falls below `lowest`, where all begin."""
 
-    def __init__(self, env, task):
-        self.env, self.task = env, task
-        env.level[:] = 0
-        task.holds[:] = False
+    def __init__(self, env, task, lowest=0.0):
+        self.env, self.task, self.lowest = env, task, lowest
+        env.level[:] = lowest
+        task.holds[:] = lowest > 0
         self.turned, self.born = np.zeros(env.n), np.zeros(env.n, int)
         self.recent = [[] for _ in env.cells]            # (rad per 20 s, share held)
         self.new = []                                    # (cell, rad per 20 s, share held)
@@ -441,7 +451,7 @@ class Curriculum:
             if success > 1 and held > RAISE_HELD:
                 env.level[c] = min(1.0, env.level[c] + RAISE)
             elif success < LOWER:
-                env.level[c] = max(0.0, env.level[c] - RAISE)
+                env.level[c] = max(self.lowest, env.level[c] - RAISE)
             yield cell, float(turned), float(held), float(env.level[c])
 
 
@@ -491,9 +501,9 @@ def advantages(oracle, batch, obs):
     oracle.returns.update((batch["return"] * scale).flatten())
 
 
-def update(oracle, optimizer, batch):
+def update(oracle, optimizer, batch, kl_target=KL_TARGET):
     """PPO's clipped update. Returns the KL divergence that it made and the share of ratios that
-    were clipped; the learning rate follows the first."""
+    were clipped; the learning rate follows the first (where the actor has its own, that one)."""
     flat = {name: tensor.flatten(0, 1) for name, tensor in batch.items()}
     divergences, clipped = [], []
     for _ in range(EPOCHS):
@@ -517,16 +527,18 @@ def update(oracle, optimizer, batch):
             divergences.append((ratio - 1 - log_ratio).mean().item())
             clipped.append(((ratio - 1).abs() > CLIP).float().mean().item())
     kl = float(np.mean(gather(np.mean(divergences[-MINIBATCHES:]))))
-    for group in optimizer.param_groups:
-        if kl > 2 * KL_TARGET:
-            group["lr"] = max(group["lr"] / 1.5, SLOWEST)
-        elif kl < KL_TARGET / 2:
-            group["lr"] = min(group["lr"] * 1.5, FASTEST)
+    group = optimizer.param_groups[0]
+    if kl > 2 * kl_target:
+        group["lr"] = max(group["lr"] / 1.5, SLOWEST)
+    elif kl < kl_target / 2:
+        group["lr"] = min(group["lr"] * 1.5, FASTEST)
     return kl, float(np.mean(clipped))
 
 
 class Training:
     """One specialist in training by PPO, and everything that its checkpoint holds."""
+
+    lowest, kl_target = 0.0, KL_TARGET
 
     def __init__(self, family, args, path, start=None):
         self.family, self.path, self.seed = family, path, args.seed
@@ -537,13 +549,13 @@ class Training:
             args.seed + 1000 * RANK, randomize=args.randomize, threads=max(cores, 1))
         geoms = sum(model.ngeom for model in self.env.models)            # of this hand as it is
         self.made = [self.env.cells, self.env.n, args.seed, sorted(args.randomize), geoms]
-        self.task = Task(self.env)
-        self.curriculum = Curriculum(self.env, self.task)
-        self._begin()                                    # at level 0
+        self.task = self._task()
+        self.curriculum = Curriculum(self.env, self.task, self.lowest)
+        self._begin()                                    # at the lowest level
         self.obs = self.task.observe()
-        self.oracle = Oracle(self.obs.shape[1])
+        self.oracle = self._network()
         self.optimizer = torch.optim.Adam(
-            self.oracle.parameters(), lr=LEARNING_RATE, eps=1e-5, fused=True)
+            self._parameters(), lr=LEARNING_RATE, eps=1e-5, fused=True)
         if RANK:                                         # same weights, other noise
             torch.manual_seed(args.seed + 1000 * RANK)
         self.curve, self.steps, self.seconds = [], 0, 0.0
@@ -554,6 +566,15 @@ class Training:
                 self.oracle.load_state_dict(load_checkpoint(start, "oracle")["weights"])
             except (KeyError, RuntimeError):
                 raise H.Problem(f"{start} was trained with another observation")
+
+    def _task(self):
+        return Task(self.env)
+
+    def _network(self):
+        return Oracle(self.obs.shape[1])
+
+    def _parameters(self):
+        return self.oracle.parameters()
 
     def _begin(self):
         everyone = np.arange(self.env.n)
@@ -571,7 +592,7 @@ class Training:
                 self.oracle, self.env, self.task, self.curriculum, self.obs)
             advantages(self.oracle, batch, self.obs)
         explained = 1 - (batch["return"] - batch["value"]).var() / batch["return"].var()
-        kl, clipped = update(self.oracle, self.optimizer, batch)
+        kl, clipped = update(self.oracle, self.optimizer, batch, self.kl_target)
         self.steps += RANKS * self.env.n * HORIZON
         self.seconds += float(np.mean(gather(time.monotonic() - began)))     # they stop together
         for cell, turned, held, level in self.curriculum.raise_levels():
@@ -630,18 +651,13 @@ class Training:
         self.obs = self.task.observe()
 
 
-def train_oracle(family, args, path, start=None):
-    """Train a specialist for its control steps, or args.minutes; goes on from `path` if that is
-    there, else begins with the weights in `start`, if any. Returns the oracle, its curve and the
-    seconds of training."""
-    training, steps = Training(family, args, path, start), args.steps[args.family.index(family)]
-    bar = sim.Progress(f"oracle {family}", steps, " steps")
+def train(training, title, steps, minutes):
+    """Train for so many control steps in all, or minutes; saved on the way and at the end."""
+    bar = sim.Progress(title, steps, " steps")
     saved = time.monotonic()
-    # four fifths of the time are for the oracles
-    limit = 0.8 * 60 * args.minutes / len(args.family)
 
     def going():
-        return training.steps < steps and training.seconds < limit
+        return training.steps < steps and training.seconds < 60 * minutes
 
     while going():
         losses = training.iterate()
@@ -653,6 +669,13 @@ def train_oracle(family, args, path, start=None):
             training.save()
     if not RANK:
         training.save()
+
+
+def train_oracle(family, args, path, start=None):
+    """Train a specialist; goes on from `path` if that is there, else begins with the weights in
+    `start`, if any. Returns the oracle, its curve and the seconds of training."""
+    training, steps = Training(family, args, path, start), args.steps[args.family.index(family)]
+    train(training, f"oracle {family}", steps, SHARES[0] * args.minutes / len(args.family))
     gather(None)                                         # nobody reads it before it is there
     return training.oracle, training.curve, training.seconds
 
@@ -787,20 +810,102 @@ class Cloning:
 
 
 def clone(oracles, args, path):
-    """One generalist from `oracles`, a list of (family, oracle); goes on from `path`."""
+    """One generalist from `oracles`, a list of (family, oracle); goes on from `path`. Returns the
+    `Cloning`."""
     cloning = Cloning(oracles, args, path)
     bar = sim.Progress("generalist", args.rounds, " rounds")
-    limit = 0.2 * 60 * args.minutes
 
     def going():
-        return cloning.rounds < args.rounds and cloning.seconds < limit
+        return cloning.rounds < args.rounds and cloning.seconds < 60 * SHARES[1] * args.minutes
 
+    if not cloning.rounds:
+        path.with_name("fine-tuned.pt").unlink(missing_ok=True)     # it was of another one
     while going():
         text = cloning.iterate()
         bar(cloning.rounds, text, last=not going())
     if cloning.rounds >= args.rounds:
         cloning.finish()
-    return cloning.student.eval(), cloning.seconds
+    cloning.student.eval()
+    return cloning
+
+
+class FineTuned(Oracle):
+    """The generalist as the actor, beside the critic of an oracle. Its observation has two parts:
+    the privileged one, for the critic, and the deployable one, for the actor."""
+
+    def __init__(self, generalist, oracle):
+        privileged = len(oracle.norm.mean)
+        super().__init__(privileged)
+        self.load_state_dict(oracle.state_dict())
+        self.norm = FirstPart(privileged)
+        self.norm.load_state_dict(oracle.norm.state_dict())
+        self.actor = nn.Sequential(Columns(privileged, None), generalist)
+        self.critic = nn.Sequential(Columns(0, privileged), self.critic)
+        self.log_std.data.fill_(np.log(TUNING_STD))
+
+
+class FirstPart(Normalizer):
+    """Leaves the columns beyond its own as they are."""
+
+    def update(self, x):
+        super().update(x[:, :len(self.mean)])
+
+    def forward(self, x):
+        own = len(self.mean)
+        return torch.cat([super().forward(x[:, :own]), x[:, own:]], 1)
+
+
+class Columns(nn.Module):
+    def __init__(self, first, end):
+        super().__init__()
+        self.columns = slice(first, end)
+
+    def forward(self, x):
+        return x[:, self.columns]
+
+
+class FineTuningTask(Task):
+    def observe(self):
+        """Privileged and deployable observation, float32 tensor (n, 217 + OBSERVED)."""
+        return torch.cat([super().observe(), self.env.observe()], 1)
+
+
+class FineTuning(Training):
+    """The generalist `student` in training by PPO at level 1: its oracles knew friction, mass and
+    motors, and to do the same without knowing is not the best that can be done without
+    (results/README.md). It begins with the critic of `oracle`."""
+
+    lowest, kl_target = 1.0, TUNING_KL
+
+    def __init__(self, student, oracle, args, path):
+        self.student, self.critic_of = student, oracle
+        super().__init__("+".join(args.family), args, path)
+
+    def _task(self):
+        return FineTuningTask(self.env)
+
+    def _network(self):
+        return FineTuned(self.student, self.critic_of)
+
+    def _parameters(self):
+        net = self.oracle
+        return [{"params": [*net.actor.parameters(), net.log_std], "lr": TUNING_RATE},
+                {"params": net.critic.parameters()}]
+
+    def save(self):
+        super().save()
+        path = self.path.with_name("policy.pt")
+        policy = load_checkpoint(path, "policy")
+        policy |= {"weights": self.student.state_dict(), "fine_tuned": self.steps}
+        save_checkpoint(path, **policy)
+
+
+def fine_tune(student, oracle, args):
+    """Fine-tune `student`, the policy in OUT/policy.pt; returns the seconds of training."""
+    training = FineTuning(student.train(), oracle, args, args.out / "fine-tuned.pt")
+    train(training, "fine-tuning", args.fine_tune, SHARES[2] * args.minutes)
+    student.eval()
+    return training.seconds
 
 
 # ------------------------------------------------------------------------------------- results
@@ -864,6 +969,9 @@ def arguments():
         help="the first begins with this oracle's weights; a folder: each with its own there")
     add("--rounds", type=int,
         help="of cloning (default: {} for each oracle; --everything: {})".format(*ROUNDS))
+    add("--fine-tune", type=float,
+        help="control steps for the generalist after cloning (default: {:.0e}; --everything: "
+             "{:.0e})".format(*TUNING))
     add("--minutes", type=float, default=np.inf, help="stop earlier, after so long in all")
     add("--envs", type=int, default=ENVS, help="hands that learn together")
     add("--randomize", nargs="*", default=sim.EVERYTHING, choices=sim.EVERYTHING,
@@ -882,13 +990,17 @@ def arguments():
     args.steps *= len(args.family) if len(args.steps) == 1 else 1
     if args.rounds is None:
         args.rounds = ROUNDS[args.everything] * len(args.family)
+    if args.fine_tune is None:
+        args.fine_tune = TUNING[args.everything]
     if len(args.steps) != len(args.family):
         raise H.Problem(f"--steps: one number, or one for each of {', '.join(args.family)}")
     for family in args.family:                           # raises on an unknown one
         if any(obj.family == "held_out" for obj in sim.objects_of(family)):
             raise H.Problem(f"{family}: what is held out is for measuring, not for training")
-    if not all(number > 0 for number in (*args.steps, args.minutes)) or args.seed < 0:
-        raise H.Problem("--steps and --minutes must be positive, --seed not negative")
+    if not all(number > 0 for number in (*args.steps, args.minutes)):
+        raise H.Problem("--steps and --minutes must be positive")
+    if args.seed < 0 or not args.fine_tune >= 0:
+        raise H.Problem("--seed and --fine-tune must not be negative")
     if args.rounds < len(args.family) or args.envs < 4 * RANKS:
         raise H.Problem("--rounds must be at least one for each family, and --envs at least 4 for "
                         "each process")
@@ -920,9 +1032,12 @@ def main():
     if RANK:
         return
     RANKS = 1                                            # the rest is for one
-    policy, spent = clone(oracles, args, args.out / "policy.pt")
-    print(f"trained for {(seconds + spent) / 60:.0f} minutes")
-    results = evaluate(policy, args)
+    cloning = clone(oracles, args, args.out / "policy.pt")
+    seconds += cloning.seconds
+    if args.fine_tune and cloning.rounds >= args.rounds:
+        seconds += fine_tune(cloning.student, oracles[-1][1], args)
+    print(f"trained for {seconds / 60:.0f} minutes")
+    results = evaluate(cloning.student, args)
     with H.atomic_file(args.out / "results.json", "w") as file:
         file.write(json.dumps(results, indent=1) + "\n")
 

@@ -277,7 +277,7 @@ def whole_loop(folder, table):
     facts = json.loads(run_in(folder, "-c", FACTS))
     here = "--wrist", "palm_up"
     run_in(folder, "-c", TOY, "train_policy", *here, "--family", "cube", "--axis", "z+",
-           "--envs", 6, "--steps", 192, "--rounds", 1, "--out", "policy")
+           "--envs", 6, "--steps", 192, "--rounds", 1, "--fine-tune", 96, "--out", "policy")
     content = torch.load(folder / "policy/policy.pt", weights_only=True)
     for name in ("out.weight", "out.bias"):              # nobody learns to hold in two updates
         content["weights"][name].zero_()

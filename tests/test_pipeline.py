@@ -627,7 +627,8 @@ T.evaluate.__defaults__ = (6,)
 T.GRADIENT_STEPS = 10
 T.H.run(T.main)
 """
-TRAIN = ("--family", "cube", "--wrist", WRIST, "--axis=+z", "--envs", 16, "--rounds", 2)
+TRAIN = ("--family", "cube", "--wrist", WRIST, "--axis=+z", "--envs", 16, "--rounds", 2,
+         "--fine-tune", 500)
 
 
 def test_training_writes_everything_after_a_kill_and_a_resume(tmp_path):
@@ -644,7 +645,7 @@ def test_training_writes_everything_after_a_kill_and_a_resume(tmp_path):
     second = train_policy.load_checkpoint(oracle, "oracle")
     assert second["steps"] >= 3000 and second["seconds"] > first["seconds"]
     policy, content = train_policy.load_policy(tmp_path / "policy.pt")
-    assert content["families"] == ["cube"]
+    assert content["families"] == ["cube"] and content["fine_tuned"] >= 500
     assert (content["wrists"], content["axes"]) == ([WRIST], ["+z"])
     assert torch.isfinite(policy(torch.randn(5, sim.OBSERVED))).all()
     results = json.loads((tmp_path / "results.json").read_text())[WRIST]
@@ -765,6 +766,7 @@ def bad_inputs(tmp, policy):
         "steps for other families": (("--steps", 1, 2, 3, *into), "cylinder, cuboid"),
         "negative seed": (("--seed=-1", *into), "--seed"),
         "too few environments": (("--envs", 0, *into), "--envs"),
+        "no number of steps": (("--fine-tune", "nan", *into), "--fine-tune"),
         "too few rounds": (("--family", "cube", "long", "--rounds", 1, *into), "--rounds"),
         "what is held out": (("--family", "cube+egg", *into), "egg"),
         "a generalist of another size": (("--out", small_policy(tmp, policy)), "another version"),

@@ -23,7 +23,7 @@ def environment(n=6, **options):
 
 def arguments(out, **changes):
     usual = dict(envs=12, wrist=["palm_up", "palm_down"], axis=["+z", "-z"], seed=0, steps=1e9,
-                 rounds=3, minutes=np.inf, start=None, family=["cube"], out=out,
+                 rounds=3, fine_tune=0, minutes=np.inf, start=None, family=["cube"], out=out,
                  randomize=sim.EVERYTHING)
     args = argparse.Namespace(**usual | changes)
     args.steps = [args.steps] * len(args.family)
@@ -235,6 +235,32 @@ def test_a_run_may_begin_with_the_weights_of_another(tmp_path):
         T.Training("cube", arguments(tmp_path), tmp_path / "third.pt", tmp_path / "none.pt")
 
 
+def test_the_generalist_learns_on_and_going_on_is_exact(tmp_path, short):
+    """With the critic of an oracle, from level 1, in policy.pt too; stopped and gone on with."""
+    batch, oracle, results = 12 * T.HORIZON, T.Oracle(217), {}
+    for name, stops in (("straight", (6,)), ("interrupted", (2, 6))):
+        args = arguments(tmp_path / name, envs=12)
+        for stop in stops:
+            args.fine_tune = stop * batch
+            cloning = T.clone([("cube", oracle)], args, args.out / "policy.pt")
+            if stop == stops[0]:
+                cloned = {key: value.clone() for key, value in cloning.student.state_dict().items()}
+            T.fine_tune(cloning.student, oracle, args)
+        training = T.load_checkpoint(args.out / "fine-tuned.pt", "oracle")
+        policy = T.load_checkpoint(args.out / "policy.pt", "policy")
+        assert training["steps"] == policy["fine_tuned"] == 6 * batch
+        assert (training["env"]["arrays"]["level"] == 1).all()
+        results[name] = {**policy["weights"], **training["weights"]}
+        assert any(not torch.equal(value, cloned[key]) for key, value in policy["weights"].items())
+    one, other = results.values()
+    assert all(torch.equal(value, other[key]) for key, value in one.items())
+    with torch.no_grad():
+        oracle.log_std += 1                          # another oracle: all of it begins anew
+    args.minutes = 1e-9
+    assert T.clone([("cube", oracle)], args, args.out / "policy.pt").rounds == 1
+    assert not (args.out / "fine-tuned.pt").exists()
+
+
 @pytest.mark.parametrize("there, starts", [
     (None, [None, "out/oracle-cube.pt"]),
     (["oracle-cuboid.pt"], ["old/oracle-cube.pt", "old/oracle-cuboid.pt"]),      # is not there
@@ -249,8 +275,9 @@ def test_a_family_begins_with_its_own_weights_or_those_of_the_one_before(
         tmp_path / "out", family=["cube", "cuboid"], start=there and old))
     monkeypatch.setattr(T, "train_oracle", lambda family, args, path, start: (
         begun.append(start), [], 0.0))
-    for name in ("draw_curve", "clone", "evaluate"):
-        monkeypatch.setattr(T, name, lambda *_: (None, 0.0))
+    done = argparse.Namespace(student=None, rounds=3, seconds=0.0)
+    for name, result in (("draw_curve", None), ("clone", done), ("evaluate", {})):
+        monkeypatch.setattr(T, name, lambda *_, result=result: result)
     (tmp_path / "out").mkdir()
     T.main()
     assert begun == [start and tmp_path / start for start in starts]
