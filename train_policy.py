@@ -501,7 +501,7 @@ def advantages(oracle, batch, obs):
     oracle.returns.update((batch["return"] * scale).flatten())
 
 
-def update(oracle, optimizer, batch, kl_target=KL_TARGET):
+def update(oracle, optimizer, batch, kl_target):
     """PPO's clipped update. Returns the KL divergence that it made and the share of ratios that
     were clipped; the learning rate follows the first (where the actor has its own, that one)."""
     flat = {name: tensor.flatten(0, 1) for name, tensor in batch.items()}
@@ -825,7 +825,6 @@ def clone(oracles, args, path):
         bar(cloning.rounds, text, last=not going())
     if cloning.rounds >= args.rounds:
         cloning.finish()
-    cloning.student.eval()
     return cloning
 
 
@@ -836,9 +835,8 @@ class FineTuned(Oracle):
     def __init__(self, generalist, oracle):
         privileged = len(oracle.norm.mean)
         super().__init__(privileged)
-        self.load_state_dict(oracle.state_dict())
         self.norm = FirstPart(privileged)
-        self.norm.load_state_dict(oracle.norm.state_dict())
+        self.load_state_dict(oracle.state_dict())
         self.actor = nn.Sequential(Columns(privileged, None), generalist)
         self.critic = nn.Sequential(Columns(0, privileged), self.critic)
         self.log_std.data.fill_(np.log(TUNING_STD))
@@ -902,9 +900,8 @@ class FineTuning(Training):
 
 def fine_tune(student, oracle, args):
     """Fine-tune `student`, the policy in OUT/policy.pt; returns the seconds of training."""
-    training = FineTuning(student.train(), oracle, args, args.out / "fine-tuned.pt")
+    training = FineTuning(student, oracle, args, args.out / "fine-tuned.pt")
     train(training, "fine-tuning", args.fine_tune, SHARES[2] * args.minutes)
-    student.eval()
     return training.seconds
 
 

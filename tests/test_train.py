@@ -239,7 +239,7 @@ def test_the_generalist_learns_on_and_going_on_is_exact(tmp_path, short):
     """With the critic of an oracle, from level 1, in policy.pt too; stopped and gone on with."""
     batch, oracle, results = 12 * T.HORIZON, T.Oracle(217), {}
     for name, stops in (("straight", (6,)), ("interrupted", (2, 6))):
-        args = arguments(tmp_path / name, envs=12)
+        args = arguments(tmp_path / name)
         for stop in stops:
             args.fine_tune = stop * batch
             cloning = T.clone([("cube", oracle)], args, args.out / "policy.pt")
