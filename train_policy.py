@@ -75,12 +75,13 @@ KEPT = 0.25              # share of the control steps that are kept: neighbours 
 REDIRECT = 1 / 200       # of wrist and axis, chance per control step while the student drives
 
 # The generalist, fine-tuned by PPO: it has copied oracles that know what it cannot know
-TUNING = 0.75e6, 5e6     # control steps: the lesson, everything
+TUNING = 1.5e6, 5e6      # control steps: the lesson, everything
+TUNING_C_ROT = 0.5       # the paper's C_ROT: at this stage a longer hold is worth more than speed
 TUNING_STD = 0.2         # of its noise
 TUNING_KL = 0.004        # at KL_TARGET what cuboids turn falls again
 TUNING_RATE = 2e-5       # at the start
 
-SHARES = 0.75, 0.15, 0.1         # of --minutes: oracles, cloning, fine-tuning
+SHARES = 0.7, 0.15, 0.15         # of --minutes: oracles, cloning, fine-tuning
 
 # ------------------------------------------------------------------------------------- reward
 # r = a_rot r_rot + a_goal r_goal + r_pen, and what is marked as ours; see `Task.advance`.
@@ -102,6 +103,7 @@ class Task:
     """The reward and the privileged observation of one batch of `sim.Rotation` environments."""
 
     PAST = 3                     # control steps of joint positions and targets
+    c_rot = C_ROT
 
     def __init__(self, env):
         self.env = env
@@ -144,7 +146,7 @@ class Task:
         k, torque = env.axis, self.torque()
         level = env.level[env.cell]
         a_rotp, penalty = (np.interp(level, (0, 1), pair) for pair in (A_ROTP, FALL_PENALTY))
-        r_rot = np.clip((env.omega * k).sum(1), -C_ROT, C_ROT)
+        r_rot = np.clip((env.omega * k).sum(1), -self.c_rot, self.c_rot)
         a_rot = A_ROT * np.where(self.holds, 1.0, 0.5)[env.cell]
         away = np.linalg.norm(sim.rotation_between(env.quat, self.goal), axis=1)
         reached = away < np.radians(15)
@@ -863,6 +865,8 @@ class Columns(nn.Module):
 
 
 class FineTuningTask(Task):
+    c_rot = TUNING_C_ROT
+
     def observe(self):
         """Privileged and deployable observation, float32 tensor (n, 217 + OBSERVED)."""
         return torch.cat([super().observe(), self.env.observe()], 1)

@@ -341,7 +341,7 @@ def test_the_referee_measures_about_the_axis_of_the_moment():
     assert referee.result()["RotR"] == pytest.approx([0], abs=1e-9)
 
 
-def stage(**changes):
+def stage(kind=T.Task, **changes):
     """An object at rest at the canonical grasp, seen by `Task`, with one thing changed."""
     env = SimpleNamespace(
         n=1, q=H.GRASP[None].copy(), measured=H.GRASP[None].copy(), dq=np.zeros((1, 16)),
@@ -351,7 +351,7 @@ def stage(**changes):
         contact=np.zeros((1, 4, 4)), fallen=np.zeros(1, bool), objects=CUBE[:1],
         which=np.zeros(1, int), wrists=[0], cell=np.zeros(1, int), cells=[0], level=np.ones(1),
         zero=np.zeros((1, 16)))
-    task = T.Task(env)
+    task = kind(env)
     vars(env).update({name: np.array([value]) for name, value in changes.items()})
     return task
 
@@ -379,6 +379,8 @@ def test_reward_terms_by_hand():
     assert gained(contact=np.ones((4, 4))) == pytest.approx(3 * T.A_CONTACT)
     assert gained(pos=(0.003, 0, -0.004)) == pytest.approx(-T.A_POS * 0.005)
     assert gained(fallen=True) == pytest.approx(-T.FALL_PENALTY[1])
+    rest, turning = (stage(T.FineTuningTask, omega=(0, 0, speed)) for speed in (0, 9.0))
+    assert turning.advance()[0] - rest.advance()[0] == pytest.approx(T.A_ROT * T.TUNING_C_ROT)
     rest, turning = stage(), stage(omega=(0, 0, 0.3))
     rest.holds[:] = turning.holds[:] = False                 # before it can hold: worth half
     assert turning.advance()[0] - rest.advance()[0] == pytest.approx(0.5 * T.A_ROT * 0.3)
