@@ -971,7 +971,7 @@ def grasp_cache(obj, progress=True, **changes):
     spec, test = build(obj), GRASP_TEST | changes
     if obj.family and obj.family not in UPRIGHT:
         test |= {"closest": CLOSEST, "tumbled": TUMBLED}
-    key = json.dumps([spec.to_xml(), H.HAND, test])
+    key = json.dumps([spec.to_xml(), H.HAND, H.GRASP.tolist(), H.REACH, test])
     path = CACHE / f"grasps-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
     if path.exists():
         return load_npz(path, "grasps")["grasps"]

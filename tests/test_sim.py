@@ -988,6 +988,11 @@ def test_grasps_are_made_once_for_each_object_and_hold(monkeypatch):
         for other in (sim.box(0.0541, 0.054, 0.054), sim.cylinder(0.054, 0.054)):
             with pytest.raises(TypeError):
                 sim.grasp_cache(other, count=6, progress=False)
+        for name in ("GRASP", "REACH"):                      # of a hand that is being forked
+            with monkeypatch.context() as change:
+                change.setattr(H, name, getattr(H, name) * 1.01)
+                with pytest.raises(TypeError):
+                    sim.grasp_cache(obj, count=6, progress=False)
     made.pop().unlink()
     assert np.array_equal(sim.grasp_cache(obj, count=6, progress=False), first)
 
