@@ -373,6 +373,15 @@ def simulate_box(data, seed):
     return torch.tensor(q, dtype=torch.float32), torch.tensor(a, dtype=torch.float32)
 
 
+def lessons(data, seed):
+    """What f_sim learns from, q, a (n, 400, N): simulated boxes and the task itself, `data`.
+
+    What a blocked joint does next depends on what blocks it. Balls alone teach f that everything
+    gives way; with the task in it, f and f_sim differ less by their boxes and more by the hands."""
+    boxes = simulate_box(data, seed)
+    return [torch.cat(pair) for pair in zip(boxes, (data["q"], data["a"]))]
+
+
 def _replay(balls, a, wrists, rng):
     """Positions (n, T, N) of n hands in boxes of the same balls, each with its wrist (n, 4), that
     are sent targets a (n, T, N)."""
@@ -494,11 +503,7 @@ def main():
                             "no test. Name another folder, or record with another --seed")
         sets["off distribution: the task, with an object"] = task
     data = simulated_episodes(args)
-    # What a blocked joint does next depends on what blocks it. Balls alone teach f that everything
-    # gives way; with the task in it, f and f_sim differ less by their boxes and more by the hands.
-    boxes = simulate_box(data, args.seed)
-    simulated = [torch.cat(pair) for pair in zip(boxes, (data["q"], data["a"]))]
-
+    simulated = lessons(data, args.seed)
     models, residuals = {"stays where it is": None}, {}
     for kind in dict.fromkeys(["joint", *args.models]):
         f_sim = pretrained(kind, *simulated, args.steps, args.seed)

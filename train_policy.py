@@ -1032,7 +1032,7 @@ def main():
         torch.distributed.destroy_process_group()
     if RANK:
         return
-    RANKS = 1                                            # the rest is for one
+    RANKS, os.environ["LOCAL_WORLD_SIZE"] = 1, "1"       # the rest is for one, on all cores
     cloning = clone(oracles, args, args.out / "policy.pt")
     seconds += cloning.seconds
     if args.fine_tune and cloning.rounds >= args.rounds:
