@@ -4,11 +4,14 @@ import os
 import pickle
 import subprocess
 import sys
+from argparse import Namespace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+import ablations
 import deploy
 import fit_ndm as F
 import hand as H
@@ -470,3 +473,29 @@ def test_a_kill_while_saving_leaves_the_old_checkpoint(tmp_path, toy_policy):
     killed = subprocess.run([sys.executable, "-c", code, path], cwd=ROOT)
     assert killed.returncode == -9
     assert path.read_bytes() == toy_policy.read_bytes() and T.load_policy(path)
+
+
+def test_ablations_learn_from_what_they_say(tmp_path):
+    simulated, hand = linear_joints(), linear_joints(seed=1)
+    hand = hand[0][:, :-1], hand[1][:, 1:]               # answers a step later
+    f_sim = F.pretrained("joint", *simulated, 300, 0)
+    still = torch.zeros(30, 117, 16)                     # nothing is to be learned here
+    data = SimpleNamespace(
+        train={"box": [torch.cat([still, x]) for x in hand], "free": hand},
+        test={name: hand for name in ablations.SETS})
+    variants = (
+        ablations.Variant(ablations.BOX),
+        ablations.Variant("the first of it", share=1 / 70),
+        ablations.Variant("simulation alone", data=""),
+        ablations.Variant("not pretrained", data="free", pretrained=False))
+    args = Namespace(steps=300, seed=0)
+    report = {variant.name: ablations.measure(variant, data, {"joint": f_sim}, args)
+              for variant in variants}
+    all_of_it, first, alone, anew = (row["task"]["open"] for row in report.values())
+    before = [e.mean().item() for e in F.errors(f_sim, *hand)]
+    assert [report["simulation alone"]["task"][e] for e in ablations.ERRORS] == before
+    assert all_of_it < 0.7 * alone and anew < 0.7 * alone and first > 0.9 * alone
+    mean, half, more, around = ablations.over_hands([report] * 2, "not pretrained", "task", "open")
+    assert (mean, half, around) == (pytest.approx(anew), 0, 0)
+    assert more == pytest.approx(anew - all_of_it)
+    assert f"{alone - all_of_it:+6.2f}" in ablations.table([report] * 2)
