@@ -61,7 +61,7 @@ HOLDS = 0.75
 RAISE_RAD = {"x": 3.2, "y": 5.0, "z": 7.0, "other": 5.4}     # rad per 20 s: 45 % of the paper's
 RAISE_HELD = 0.6         # share of the episode
 LOWER = 0.5              # below this share of RAISE_RAD the level goes down again
-RAISE = 1 / 16
+RAISE = 1 / 16, 1 / 8    # the second where so many cells are trained that each is seen rarely
 ENOUGH = 192, 12         # episodes of all cells, and at least of one, before its level may change
 GO_ON = 0.5              # at level 1, share of held episodes after which another task goes on
 
@@ -425,6 +425,7 @@ class Curriculum:
         self.recent = [[] for _ in env.cells]            # (rad per 20 s, share held)
         self.new = []                                    # (cell, rad per 20 s, share held)
         self.enough = max(ENOUGH[0] // len(env.cells), ENOUGH[1])
+        self.rise = RAISE[self.enough == ENOUGH[1]]
 
     def count(self, ended):
         """A control step was made, in which the episodes `ended` (n,) bool came to their end."""
@@ -451,9 +452,9 @@ class Curriculum:
             self.task.holds[c] |= held > HOLDS
             success = turned / RAISE_RAD.get(cell[1][1:], RAISE_RAD["other"])
             if success > 1 and held > RAISE_HELD:
-                env.level[c] = min(1.0, env.level[c] + RAISE)
+                env.level[c] = min(1.0, env.level[c] + self.rise)
             elif success < LOWER:
-                env.level[c] = max(self.lowest, env.level[c] - RAISE)
+                env.level[c] = max(self.lowest, env.level[c] - self.rise)
             yield cell, float(turned), float(held), float(env.level[c])
 
 

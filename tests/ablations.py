@@ -9,7 +9,7 @@ the task. Only the last variant learns from the task, from the other half of the
 and waves in the box are collected here. Stopped and run again it goes on with the next variant.
 
 reads   DATA/simK-WRIST, DATA/simK-task    what study.py has collected and recorded
-writes  DATA/simK-WRIST-none, DATA/simK-WRIST-waves, DATA/f_sim-KIND.pt
+writes  DATA/simK-WRIST-none, DATA/simK-WRIST-waves, DATA/f_sim-*.pt
         RESULTS/ablations-simK.json, RESULTS/ablations.png
 """
 import argparse
@@ -52,7 +52,7 @@ VARIANTS = (
     Variant("box, 12 min, noise", data="noisy"),
     Variant("box, 12 min, no noise", data="plain"),
     Variant("free hand, 24 min", data="none"),
-    Variant("waves in the box, 24 min", data="waves"),
+    Variant("waves in the box, 6 min", data="waves"),
     Variant("box and task", data="box+task"),
 )
 SETS = "box", "task"
@@ -73,11 +73,12 @@ class Data:
         self.train["box"], self.test["box"] = (q[~held], a[~held]), (q[held], a[held])
         self.train["noisy"] = q[~held & noisy], a[~held & noisy]
         self.train["plain"] = q[~held & ~noisy], a[~held & ~noisy]
-        for other, words in (("none", ("--load", "none")), ("waves", ("--source", "waves"))):
+        for other, hours, *words in (
+                ("none", 0.4, "--load", "none"), ("waves", 0.1, "--source", "waves")):   # they jam
             made = [args.data / f"sim{k}-{wrist}-{other}" for wrist in wrists]
             for wrist, folder in zip(wrists, made):
                 study.run("collect.py", "--port", f"sim:{k}", "--policy", args.policy, "--wrist",
-                          wrist, "--hours", args.hours / len(wrists), "--out", folder, *words)
+                          wrist, "--hours", hours / len(wrists), "--out", folder, *words)
             self.train[other] = fit_ndm.load_shards(made)[:2]
         q, a, *_ = fit_ndm.load_shards([args.data / f"sim{k}-task"])
         self.test["task"] = q[::2], a[::2]
@@ -87,9 +88,9 @@ class Data:
 
 def simulated(args):
     """Model kind -> f_sim of that kind, learned as fit_ndm.py does; kept in DATA."""
-    models, lessons = {}, None
+    models, lessons, policy = {}, None, train_policy.digest(args.policy)
     for kind in dict.fromkeys(variant.kind for variant in VARIANTS):
-        path = args.data / f"f_sim-{kind}.pt"
+        path = args.data / f"f_sim-{kind}-{policy}-{args.steps}.pt"
         if not path.exists():
             lessons = lessons or fit_ndm.lessons(fit_ndm.simulated_episodes(args), args.seed)
             f_sim = fit_ndm.pretrained(kind, *lessons, args.steps, args.seed)
@@ -184,7 +185,6 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--hands", type=int, nargs="+", required=True, help="seeds of virtual hands")
-    add("--hours", type=float, default=0.4, help="of a free hand, and of waves")
     add("--policy", type=Path, default=Path("checkpoints/policy.pt"))
     add("--data", type=Path, default=Path("runs/study"))
     add("--results", type=Path, default=Path("results/study"))

@@ -149,8 +149,10 @@ def test_levels_rise_with_rotation_and_not_with_holding():
         rows = list(curriculum.raise_levels())
         assert [row[0] for row in rows] == env.cells
         assert not any(curriculum.recent)
-        assert (env.level / T.RAISE).tolist() == [raised] + [0] * others
+        assert (env.level / T.RAISE[0]).tolist() == [raised] + [0] * others
         assert task.holds.tolist() == [True] + [False] * others
+    env.cells *= 20                                      # each of so many is seen rarely
+    assert T.Curriculum(env, task).rise == T.RAISE[1]
 
 
 def test_a_family_that_is_easy_does_not_raise_the_level_of_a_hard_one():
