@@ -4,9 +4,12 @@
     python tests/ablations.py --hands 1 2 5                # 20 min a hand on one core
 
 Of each virtual hand every variant of fit_ndm.py's model is tested on what none of them has learned
-from: the trajectories in the box that `fit_ndm.held_out` keeps, and every other recorded trial of
-the task. Only the last variant learns from the task, from the other half of the trials. A free hand
-and waves in the box are collected here. Stopped and run again it goes on with the next variant.
+from: the trajectories in the box whose sequences `fit_ndm.held_out` keeps, and the recorded trials
+of the task with even numbers. Only the last variant learns from the task, from those with odd ones;
+f_sim, with which all but one begin, has seen the task in simulation. What is recorded are trials
+that were held for 20 s. Everything has one seed: intervals are over hands, not over trainings. A
+free hand and waves in the box are collected here. Stopped and run again it goes on with the next
+variant; after a change of code delete what it has written.
 
 reads   DATA/simK-WRIST, DATA/simK-task    what study.py has collected and recorded
 writes  DATA/simK-WRIST-none, DATA/simK-WRIST-waves, DATA/f_sim-*.pt
@@ -37,22 +40,22 @@ class Variant(NamedTuple):
     data: str = "box"            # of this hand, see `Data`; "": none
     share: float = 1.0           # of that data
     pretrained: bool = True      # on simulated joints
+    against: str = "box"         # the variant with as much data
 
 
-BOX = "box, 24 min"
 VARIANTS = (
-    Variant(BOX),
-    Variant("box, 12 min", share=1 / 2),
-    Variant("box, 6 min", share=1 / 4),
-    Variant("box, 3 min", share=1 / 8),
+    Variant("box"),
+    Variant("box, 1/2", share=1 / 2),
+    Variant("box, 1/4", share=1 / 4),
+    Variant("box, 1/8", share=1 / 8),
     Variant("simulation alone", data=""),
     Variant("not pretrained", pretrained=False),
     Variant("finger-wise", kind="finger"),
     Variant("whole-hand", kind="whole"),
-    Variant("box, 12 min, noise", data="noisy"),
-    Variant("box, 12 min, no noise", data="plain"),
-    Variant("free hand, 24 min", data="none"),
-    Variant("waves in the box, 6 min", data="waves"),
+    Variant("all with noise", data="noisy", against="box, 1/2"),
+    Variant("none with noise", data="plain", against="box, 1/2"),
+    Variant("free hand", data="free"),
+    Variant("waves in the box", data="waves", against="box, 1/4"),
     Variant("box and task", data="box+task"),
 )
 SETS = "box", "task"
@@ -64,33 +67,51 @@ class Data:
     and to be tested on (`test`)."""
 
     def __init__(self, k, args, wrists):
-        folders = [args.data / f"sim{k}-{wrist}" for wrist in wrists]
-        self.train, self.test = {}, {}
-        q, a, sequence, _ = fit_ndm.load_shards(folders)
+        boxes = [args.data / f"sim{k}-{wrist}" for wrist in wrists]
+        task = args.data / f"sim{k}-task"
+        for folder in (*boxes, task):
+            collect.there(folder, {"policy": train_policy.digest(args.policy)})      # or `Problem`
+        q, a, sequence, _ = fit_ndm.load_shards(boxes)
         held = fit_ndm.held_out(sequence)
         noisy = torch.tensor([float(sim.load_npz(file, "sigma")["sigma"]) > 0
-                              for folder in folders for file in collect.trajectories(folder)])
-        self.train["box"], self.test["box"] = (q[~held], a[~held]), (q[held], a[held])
-        self.train["noisy"] = q[~held & noisy], a[~held & noisy]
-        self.train["plain"] = q[~held & ~noisy], a[~held & ~noisy]
-        for other, hours, *words in (
-                ("none", 0.4, "--load", "none"), ("waves", 0.1, "--source", "waves")):   # they jam
-            made = [args.data / f"sim{k}-{wrist}-{other}" for wrist in wrists]
-            for wrist, folder in zip(wrists, made):
-                study.run("collect.py", "--port", f"sim:{k}", "--policy", args.policy, "--wrist",
-                          wrist, "--hours", hours / len(wrists), "--out", folder, *words)
-            self.train[other] = fit_ndm.load_shards(made)[:2]
-        q, a, *_ = fit_ndm.load_shards([args.data / f"sim{k}-task"])
-        self.test["task"] = q[::2], a[::2]
+                              for folder in boxes for file in collect.trajectories(folder)])
+        self.train = {name: (q[some], a[some]) for name, some in (
+            ("box", ~held), ("noisy", ~held & noisy), ("plain", ~held & ~noisy))}
+        self.test = {"box": (q[held], a[held])}
+
+        q, a, sequence = self._collected(k, args, wrists, "none", 0.4, "--load", "none")
+        held = fit_ndm.held_out(sequence)                # of the same sequences as in the box
+        self.train["free"] = q[~held], a[~held]
+        q, a, _ = self._collected(k, args, wrists, "waves", 0.1, "--source", "waves")    # they jam
+        self.train["waves"] = q, a
+
+        q, a, number, _ = fit_ndm.load_shards([task])
+        even = number % 2 == 0
+        self.test["task"] = q[even], a[even]
+        whole = len(self.train["box"][0])
+        rest = evenly(whole, max(1, whole - int((~even).sum())))         # as much in all
         self.train["box+task"] = tuple(
-            torch.cat(pair) for pair in zip(self.train["box"], (q[1::2], a[1::2])))
+            torch.cat([box[rest], x[~even]]) for box, x in zip(self.train["box"], (q, a)))
+
+    @staticmethod
+    def _collected(k, args, wrists, name, hours, *words):
+        folders = [args.data / f"sim{k}-{wrist}-{name}" for wrist in wrists]
+        for wrist, folder in zip(wrists, folders):
+            study.run("collect.py", "--port", f"sim:{k}", "--policy", args.policy, "--wrist",
+                      wrist, "--hours", hours / len(wrists), "--out", folder, *words)
+        return fit_ndm.load_shards(folders)[:3]
+
+
+def evenly(n, count):
+    """`count` of n numbers, evenly spread: of both wrists."""
+    return torch.linspace(0, n - 1, count).round().long()
 
 
 def simulated(args):
     """Model kind -> f_sim of that kind, learned as fit_ndm.py does; kept in DATA."""
     models, lessons, policy = {}, None, train_policy.digest(args.policy)
     for kind in dict.fromkeys(variant.kind for variant in VARIANTS):
-        path = args.data / f"f_sim-{kind}-{policy}-{args.steps}.pt"
+        path = args.data / f"f_sim-{kind}-{policy}-{args.steps}-{args.episodes}-{args.seed}.pt"
         if not path.exists():
             lessons = lessons or fit_ndm.lessons(fit_ndm.simulated_episodes(args), args.seed)
             f_sim = fit_ndm.pretrained(kind, *lessons, args.steps, args.seed)
@@ -101,33 +122,34 @@ def simulated(args):
 
 
 def measure(variant, data, models, args):
-    """The variant's model of this hand: {set: {error: mrad, mean over joints}}."""
-    model = copy.deepcopy(models[variant.kind])
+    """The variant's model of this hand: {set: {error: mrad, mean over joints}}, and how many
+    minutes of this hand it has learned from."""
+    model, seconds = copy.deepcopy(models[variant.kind]), 0.0
     if variant.data:
         q, a = data.train[variant.data]
-        n = max(1, round(variant.share * len(q)))
-        some = torch.linspace(0, len(q) - 1, n).round().long()     # of both wrists
-        rate = 1e-3
-        if not variant.pretrained:
+        some = evenly(len(q), max(1, round(variant.share * len(q))))
+        q, a, steps, rate = q[some], a[some], args.steps, 1e-3
+        if not variant.pretrained:           # as many steps as f_sim and it have had together
             torch.manual_seed(args.seed)
-            scales = model
-            model, rate = fit_ndm.Dynamics(**model.config), 2e-3
-            for name in ("shift", "scale", "step"):
-                getattr(model, name).copy_(getattr(scales, name))
-        fit_ndm.fit(model, q[some], a[some], args.steps, rate, variant.name, seed=args.seed)
+            model, steps, rate = fit_ndm.Dynamics(**model.config), 2 * steps, 2e-3
+            model.fit_scale(*fit_ndm.windows(q, a, fit_ndm.every_window(q)))
+        fit_ndm.fit(model, q, a, steps, rate, variant.name, seed=args.seed)
+        seconds = q.shape[0] * q.shape[1] / H.CONTROL_HZ
     model.requires_grad_(False)
     errors = {name: fit_ndm.errors(model, *data.test[name]) for name in SETS}
-    return {name: {error: float(rms.mean()) for error, rms in zip(ERRORS, pair)}
-            for name, pair in errors.items()}
+    report = {name: {error: float(rms.mean()) for error, rms in zip(ERRORS, pair)}
+              for name, pair in errors.items()}
+    return report | {"minutes": seconds / 60}
 
 
 def ablate(k, args, wrists):
     """{variant: its errors} of the hand sim:k, read or measured."""
     path = args.results / f"ablations-sim{k}.json"
-    asked = {"policy": train_policy.digest(args.policy), "steps": args.steps}
+    asked = {"policy": train_policy.digest(args.policy), "steps": args.steps,
+             "episodes": args.episodes, "seed": args.seed}
     report = json.loads(path.read_text()) if path.exists() else {**asked, "mrad": {}}
     if any(report[name] != value for name, value in asked.items()):
-        raise H.Problem(f"{path} is of another policy, or of other --steps: delete it")
+        raise H.Problem(f"{path} is of another policy, --steps, --episodes or --seed: delete it")
     missing = [variant for variant in VARIANTS if variant.name not in report["mrad"]]
     if missing:
         data, models = Data(k, args, wrists), simulated(args)
@@ -138,45 +160,51 @@ def ablate(k, args, wrists):
     return report["mrad"]
 
 
-def over_hands(reports, name, of, error):
+def over_hands(reports, variant, of, error):
     """An error of a variant: mean and half width of its 95 % interval over hands, and of what it is
-    more than that of the first variant, on the same hands."""
-    value, first = ([report[row][of][error] for report in reports] for row in (name, BOX))
+    more than that of the variant with as much data, on the same hands."""
+    value, other = ([report[name][of][error] for report in reports]
+                    for name in (variant.name, variant.against))
     mean, _, half = tables.interval(value)
-    more, _, around = tables.interval([x - y for x, y in zip(value, first)])
+    more, _, around = tables.interval([x - y for x, y in zip(value, other)])
     return mean, half, more, around
 
 
-def table(reports):
+def minutes(reports, variant):
+    return sum(report[variant.name]["minutes"] for report in reports) / len(reports)
+
+
+def table(reports, variants=VARIANTS):
     lines = [f"mrad, mean over joints and {len(reports)} hands, 95 % over hands; in brackets more "
-             f"than '{BOX}'"]
+             "than as much data of the box"]
     for error, title in zip(ERRORS, ("after one step", "after 0.5 s, open loop")):
-        lines += ["", f"{title:<28}{'the box':>28}{'the task':>32}"]
-        for name in reports[0]:
+        lines += ["", f"{title:<24}{'min':>4}{'the box':>28}{'the task':>32}"]
+        for variant in variants:
             cells = ("{:7.2f} +-{:5.2f} ({:+6.2f} +-{:5.2f})".format(
-                *over_hands(reports, name, of, error)) for of in SETS)
-            lines.append(f"  {name:<26}" + "  ".join(cells))
+                *over_hands(reports, variant, of, error)) for of in SETS)
+            lines.append(f"  {variant.name:<22}{minutes(reports, variant):4.0f}" + "  ".join(cells))
     return "\n".join(lines)
 
 
 def draw(reports, path):
-    """Left the amount of data, right everything else: the task, 0.5 s in the open loop."""
+    """Left the amount of data, right everything else, against as much of the box; 0.5 s, open
+    loop."""
     figure, (left, right) = sim.subplots(1, 2, figsize=(12, 4), width_ratios=(2, 3))
-    minutes = {f"box, {m} min": m for m in (3, 6, 12, 24)}
+    amounts = [variant for variant in VARIANTS if variant.name.startswith("box, ")]
+    amounts.append(VARIANTS[0])
+    x = [minutes(reports, variant) for variant in amounts]
     for of in SETS:
-        points = [over_hands(reports, name, of, "open")[:2] for name in minutes]
-        left.errorbar(list(minutes.values()), *zip(*points), capsize=3, marker="o",
-                      label=f"the {of}")
+        points = [over_hands(reports, variant, of, "open")[:2] for variant in amounts]
+        left.errorbar(x, *zip(*points), capsize=3, marker="o", label=f"the {of}")
     left.set(xscale="log", xlabel="minutes in the box", ylabel="mrad after 0.5 s, open loop")
-    left.set_xticks(list(minutes.values()), list(map(str, minutes.values())))
+    left.set_xticks(x, [f"{m:.0f}" for m in x])
     left.minorticks_off()
     left.legend(fontsize=8)
-    names = [name for name in reports[0] if name not in minutes or name == BOX][::-1]
-    points = [over_hands(reports, name, "task", "open")[:2] for name in names]
-    means, halves = zip(*points)
-    right.barh(names, means, xerr=halves, capsize=3, color=[
-        "tab:orange" if name == BOX else "0.7" for name in names])
-    right.set_xlabel("the task: mrad after 0.5 s, open loop")
+    others = [variant for variant in VARIANTS if variant not in amounts][::-1]
+    means, halves = zip(*(over_hands(reports, variant, "task", "open")[2:] for variant in others))
+    right.barh([variant.name for variant in others], means, xerr=halves, capsize=3, color="0.7")
+    right.axvline(0, color="black", lw=1)
+    right.set_xlabel("the task: mrad after 0.5 s, open loop, more than with as much of the box")
     sim.save_figure(figure, path)
 
 
