@@ -3,7 +3,7 @@
     python train_policy.py                        # cylinders and cuboids, +-z, palm up and down
     python train_policy.py --family cube --wrist palm_up --axis z+ --steps 4e6 --out runs/cube
     python train_policy.py --everything --start checkpoints/everything --out runs/all
-                                                  # every family, axis and wrist: a night
+                                                  # every family, axis and wrist: 100 M steps
     torchrun --nproc-per-node 2 train_policy.py   # with a process, and part of the hands, per core
 
 reads   nothing (grasps are sampled on first use and cached)
@@ -17,8 +17,8 @@ writes  OUT/oracle-FAMILY.pt   one PPO specialist per object family, which sees 
 Run it again with the same --out and it goes on where it stopped, as if it had not stopped; Ctrl-C
 at any moment leaves valid files.
 
-Method, reward and weights are the paper's (arXiv 2510.08556). A comment says where ours differ and
-why; results/README.md has the measurements.
+Method and reward are the paper's (arXiv 2510.08556), not all of its weights. A comment says where
+ours differ and why; results/README.md has the measurements.
 """
 import argparse
 import hashlib

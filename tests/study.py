@@ -1,6 +1,6 @@
 """The whole loop on many virtual hands, and how much of the gap it closes on each.
 
-    python tests/study.py --hands 0 1 2 3 4 5 6 7 8 9              # 5 min a hand on 2 cores
+    python tests/study.py --hands 0 1 2 3 4 5 6 7 8 9       # 12 min a hand on 2 slow cores
     python tests/study.py --hands 0 1 2 3 4 --apart     # 4 min more a hand: what costs how much
     python tests/study.py --hands 0 1 2 3 4 --rivals    # residuals through other models
 
