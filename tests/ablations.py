@@ -1,7 +1,7 @@
 """The paper's ablations at the prediction: which model, learned from which data, predicts the task?
 
     python tests/study.py --hands 1 2 5                    # first: the data of these hands
-    python tests/ablations.py --hands 1 2 5                # 20 min a hand on one core
+    python tests/ablations.py --hands 1 2 5                # 15 min a hand on one core
 
 Of each virtual hand every variant of fit_ndm.py's model is tested on what none of them has learned
 from: the trajectories in the box whose sequences `fit_ndm.held_out` keeps, and the recorded trials
