@@ -206,7 +206,9 @@ class Task:
 
 
 # ---------------------------------------------------------------------------- several processes
-RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+RANK, RANKS, LOCAL_RANKS = (                             # the last: those of this machine
+    int(os.environ.get(name, default))
+    for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1)))
 
 
 def average(*tensors):
@@ -546,7 +548,7 @@ class Training:
     def __init__(self, family, args, path, start=None):
         self.family, self.path, self.seed = family, path, args.seed
         torch.manual_seed(args.seed)
-        cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        cores = os.cpu_count() // LOCAL_RANKS
         self.env = sim.Rotation(
             args.envs // RANKS, sim.objects_of(family), args.wrist, args.axis,
             args.seed + 1000 * RANK, randomize=args.randomize, threads=max(cores, 1))
@@ -1010,7 +1012,7 @@ def arguments():
 
 
 def main():
-    global RANKS
+    global RANKS, LOCAL_RANKS
     args = arguments()
     if (args.out / "policy.pt").exists():                # not after hours
         for_the_same(args.out / "policy.pt", args)
@@ -1033,7 +1035,7 @@ def main():
         torch.distributed.destroy_process_group()
     if RANK:
         return
-    RANKS, os.environ["LOCAL_WORLD_SIZE"] = 1, "1"       # the rest is for one, on all cores
+    RANKS = LOCAL_RANKS = 1                              # the rest is for one, on all cores
     cloning = clone(oracles, args, args.out / "policy.pt")
     seconds += cloning.seconds
     if args.fine_tune and cloning.rounds >= args.rounds:

@@ -82,8 +82,8 @@ class Data:
         q, a, sequence = self._collected(k, args, wrists, "none", 0.4, "--load", "none")
         held = fit_ndm.held_out(sequence)                # of the same sequences as in the box
         self.train["free"] = q[~held], a[~held]
-        q, a, _ = self._collected(k, args, wrists, "waves", 0.1, "--source", "waves")    # they jam
-        self.train["waves"] = q, a
+        waves = self._collected(k, args, wrists, "waves", 0.1, "--source", "waves")      # they jam
+        self.train["waves"] = waves[:2]
 
         q, a, number, _ = fit_ndm.load_shards([task])
         even = number % 2 == 0
