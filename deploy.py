@@ -38,7 +38,6 @@ import argparse
 import atexit
 import functools
 import itertools
-import json
 import os
 import queue
 import re
@@ -202,8 +201,7 @@ def on_a_virtual_hand(args, policy):
     if len(wrists) > 1:
         print_summary("mean", report)
     if args.json:
-        with H.atomic_file(args.json, "w") as file:
-            file.write(json.dumps(report, indent=1) + "\n")
+        H.save_json(args.json, report)
 
 
 def spread(x):
@@ -279,8 +277,7 @@ def benchmark(args, policy, content):
     report["goal"] = {"success": goals}
     print_benchmark(report)
     if args.json:
-        with H.atomic_file(args.json, "w") as file:
-            file.write(json.dumps(report, indent=1) + "\n")
+        H.save_json(args.json, report)
         draw_benchmark(report["cells"], args, args.json.with_suffix(".png"))
 
 

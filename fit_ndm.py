@@ -23,7 +23,6 @@ simulated episodes of the policy. `fit_residual` says why not |q_sim_{t+1} - f(.
 """
 import argparse
 import copy
-import json
 import os
 import time
 from pathlib import Path
@@ -514,8 +513,7 @@ def main():
         residuals[kind] = fit_residual(
             f, f_sim, data, args.residual_steps, args.cost, args.seed)
     table = table_of(models, sets)
-    with H.atomic_file(args.out / "table.json", "w") as file:
-        file.write(json.dumps(table, indent=1) + "\n")
+    H.save_json(args.out / "table.json", table)
     draw_prediction(args.out / "prediction.png", models["joint"], q[held][0], a[held][0])
     origin = {"data": [str(folder) for folder in args.data], "port": port}
     for kind in reversed(residuals):         # residual.pt last: where it is, all is

@@ -357,6 +357,11 @@ def atomic_file(path, mode="wb"):
             temporary.unlink()
 
 
+def save_json(path, content):
+    with atomic_file(path, "w") as file:
+        file.write(json.dumps(content, indent=1) + "\n")
+
+
 class Reading(NamedTuple):
     q: np.ndarray              # (N,) rad
     dq: np.ndarray             # (N,) rad/s
@@ -1016,8 +1021,7 @@ def judge(stops, moved, others):
 
 def save_calibration(path, offset):
     offsets = {joint.name: round(float(o), 5) for joint, o in zip(JOINTS, offset)}
-    with atomic_file(path, "w") as file:
-        file.write(json.dumps({"hand": HAND, "offset": offsets}, indent=1) + "\n")
+    save_json(path, {"hand": HAND, "offset": offsets})
 
 
 if __name__ == "__main__":

@@ -23,7 +23,6 @@ ours differ and why; results/README.md has the measurements.
 import argparse
 import hashlib
 import itertools
-import json
 import os
 import time
 from pathlib import Path
@@ -567,10 +566,7 @@ class Training:
         if path.exists():
             self._resume(load_checkpoint(path, "oracle"))
         elif start:
-            try:
-                self.oracle.load_state_dict(load_checkpoint(start, "oracle")["weights"])
-            except (KeyError, RuntimeError):
-                raise H.Problem(f"{start} was trained with another observation")
+            self._start(start)
 
     def _task(self):
         return Task(self.env)
@@ -588,6 +584,20 @@ class Training:
         # spread the first time limits over the episode, or all of them end at once
         self.env.steps[:] = self.env.rng.integers(0, EPISODE // 2, self.env.n)
         self.curriculum.born[:] = self.env.steps
+
+    def _start(self, path):
+        """The weights of another run, and its levels of the cells that are trained here too."""
+        saved = load_checkpoint(path, "oracle")
+        try:
+            self.oracle.load_state_dict(saved["weights"])
+        except (KeyError, RuntimeError):
+            raise H.Problem(f"{path} was trained with another observation")
+        reached = {tuple(cell): level for *cell, level in saved.get("levels", ())}
+        if reached.keys() & set(self.env.cells):
+            self.env.level[:] = [reached.get(cell, 0.0) for cell in self.env.cells]
+            self.task.holds |= self.env.level > 0
+            self._begin()
+            self.obs = self.task.observe()
 
     def iterate(self):
         """One batch: act, judge, learn. Returns the numbers that experts look at."""
@@ -624,6 +634,7 @@ class Training:
             seconds=self.seconds, weights=self.oracle.state_dict(),
             optimizer=self.optimizer.state_dict(),
             curve=[list(row) for row in self.curve], made=self.made,
+            levels=[[*cell, level] for cell, level in zip(self.env.cells, self.env.level.tolist())],
             env=self.env.snapshot(), torch_rng=torch.get_rng_state(),
             task={name: torch.as_tensor(getattr(task, name)) for name in ("goal", "holds")},
             turned=torch.as_tensor(curriculum.turned), born=torch.as_tensor(curriculum.born),
@@ -720,8 +731,11 @@ class Cloning:
         self.optimizer = torch.optim.Adam(self.student.parameters(), lr=CLONING_RATE, fused=True)
         self.rounds, self.seconds, self.data = 0, 0.0, []
         self.teachers = [fingerprint(oracle) for _, oracle in oracles]
+        begun = args.start and args.start.is_dir() and args.start / "policy.pt"
         if path.exists():
             self._resume(for_the_same(path, args))
+        elif begun and begun.exists():
+            self.student.load_state_dict(load_policy(begun)[0].state_dict())
 
     def _file(self, number):
         return self.path.with_name(f"cloning-{number:02d}.npz")
@@ -748,7 +762,7 @@ class Cloning:
             self.args.envs, sim.objects_of(family), self.args.wrist, self.args.axis,
             seed=1000 * (number + 1) + self.args.seed, randomize=self.args.randomize)
         obs, label, result = self._collect(env, oracle, cloning)
-        if number == 0:
+        if number == 0 and self.student.norm.count < 1:
             self.student.norm.update(obs.float())
         self.data.append([obs, label])
         sim.save_npz(self._file(number), obs=obs.numpy(), label=label.numpy())
@@ -970,7 +984,8 @@ def arguments():
     add("--steps", type=float, nargs="+",
         help="control steps of the oracles, a number for each or one for all")
     add("--start", type=Path,
-        help="the first begins with this oracle's weights; a folder: each with its own there")
+        help="the first begins with this oracle's weights; a folder: each, and the policy, with "
+             "its own there")
     add("--rounds", type=int,
         help="of cloning (default: {} for each oracle; --everything: {})".format(*ROUNDS))
     add("--fine-tune", type=float,
@@ -1042,8 +1057,7 @@ def main():
         seconds += fine_tune(cloning.student, oracles[-1][1], args)
     print(f"trained for {seconds / 60:.0f} minutes")
     results = evaluate(cloning.student, args)
-    with H.atomic_file(args.out / "results.json", "w") as file:
-        file.write(json.dumps(results, indent=1) + "\n")
+    H.save_json(args.out / "results.json", results)
 
 
 if __name__ == "__main__":

@@ -155,8 +155,7 @@ def ablate(k, args, wrists):
         data, models = Data(k, args, wrists), simulated(args)
     for variant in missing:
         report["mrad"][variant.name] = measure(variant, data, models, args)
-        with H.atomic_file(path, "w") as file:
-            file.write(json.dumps(report, indent=1) + "\n")
+        H.save_json(path, report)
     return report["mrad"]
 
 

@@ -1,5 +1,6 @@
 """The joint-wise dynamics against plain loops and systems whose answer is known, the residual on a
 joint known to be wrong, the files."""
+import json
 import os
 import pickle
 import subprocess
@@ -406,7 +407,7 @@ def test_the_errors_of_several_hands_become_one_table(tmp_path, monkeypatch, cap
             "joint": {"one": [joint] * 16, "open": [10.0] * 16},
             "finger": {"one": [finger] * 16, "open": [10.0] * 16}}}
         files.append(tmp_path / f"{hand}.json")
-        files[-1].write_text(F.json.dumps(table))
+        files[-1].write_text(json.dumps(table))
     monkeypatch.setattr(sys, "argv", ["tables.py", "--errors", *map(str, files)])
     tables.main()
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]

@@ -237,6 +237,36 @@ def test_a_run_may_begin_with_the_weights_of_another(tmp_path):
         T.Training("cube", arguments(tmp_path), tmp_path / "third.pt", tmp_path / "none.pt")
 
 
+def test_a_run_begins_at_the_levels_of_another_in_the_cells_that_both_have(tmp_path):
+    start = tmp_path / "first.pt"
+    both = dict(wrist=["palm_up"], axis=["+z", "+x"])
+    first = T.Training("cube", arguments(tmp_path, **both), start)
+    first.env.level[:] = 0.25, 0.5
+    first.save()
+    more = T.Training("cube", arguments(tmp_path, axis=["+x", "-y"], wrist=both["wrist"]),
+                      tmp_path / "second.pt", start)
+    assert [cell[1] for cell in more.env.cells] == ["+x", "-y"]
+    assert more.env.level.tolist() == [0.5, 0.0] and more.task.holds.tolist() == [True, False]
+    weakest = more.env.weakest
+    assert np.allclose(more.env.g, np.where(more.env.cell == 0, (1 + weakest) / 2, weakest))
+    other = T.Training("cuboid", arguments(tmp_path, **both), tmp_path / "third.pt", start)
+    assert not other.env.level.any()
+
+
+def test_the_generalist_begins_with_the_policy_of_another_run(tmp_path):
+    old = tmp_path / "old"
+    oracle = T.Oracle(217)
+    first = T.clone([("cube", oracle)], arguments(old), old / "policy.pt").student
+    on = T.Cloning([("cube", oracle)], arguments(tmp_path, start=old), tmp_path / "policy.pt")
+    assert T.fingerprint(on.student) == T.fingerprint(first)
+    mean = first.norm.mean.clone()
+    on.iterate()
+    assert torch.equal(on.student.norm.mean, mean)           # what it has learned rests on it
+    anew = T.Cloning([("cube", oracle)], arguments(tmp_path, start=old / "oracle-cube.pt"),
+                     tmp_path / "other.pt")
+    assert T.fingerprint(anew.student) != T.fingerprint(first)
+
+
 def test_the_generalist_learns_on_and_going_on_is_exact(tmp_path, short):
     """With the critic of an oracle, from level 1, in policy.pt too; stopped and gone on with."""
     batch, oracle, results = 12 * T.HORIZON, T.Oracle(217), {}
