@@ -47,6 +47,7 @@ LAMBDA = 0.95            # of generalised advantage estimation
 CLIP = 0.2               # of PPO's ratio
 KL_TARGET = 0.012        # the learning rate follows the KL divergence that an update makes
 LEARNING_RATE = 5e-4     # at the start...
+GOING_ON = 4e-5          # ...and where it goes on with the same cells from another run's weights
 SLOWEST, FASTEST = 1e-6, 2e-3    # far enough apart that the divergence alone decides
 CLIP_GRADIENT = 1.0      # actor and critic each: one clip for both starves the actor
 MEAN_BOUND = 1.1         # means beyond the clip of the action have no gradient home...
@@ -596,6 +597,7 @@ class Training:
         if reached.keys() & set(self.env.cells):
             self.env.level[:] = [reached.get(cell, 0.0) for cell in self.env.cells]
             self.task.holds |= self.env.level > 0
+            self.optimizer.param_groups[0]["lr"] = GOING_ON
             self._begin()
             self.obs = self.task.observe()
 
@@ -999,7 +1001,7 @@ def arguments():
     add("--out", type=Path, default=Path("runs/policy"))
     args = parser.parse_args()
     lesson = ["cylinder", "cuboid"], ["palm_up", "palm_down"], ["+z", "-z"]
-    everything = ([*lesson[0], "long", "small", "complex"],
+    everything = ([*lesson[0], "long", "small", "round", "angular"],
                   [*sim.WRISTS, sim.ANY], [*sim.AXES, sim.ANY])
     args.steps = args.steps or (
         [20e6] if args.everything else [7.5e6] if args.family else [4e6, 8e6])

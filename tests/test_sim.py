@@ -1039,12 +1039,13 @@ def test_nothing_is_trained_with_what_is_held_out():
     trained = {obj.parts for family, objects in sim.FAMILIES.items() if family != "held_out"
                for obj in objects}
     assert not trained & {obj.parts for obj in sim.FAMILIES["held_out"]}
-    assert not {obj.name for obj in sim.COMPLEX} & {obj.name for obj in sim.FAMILIES["held_out"]}
+    complex_ones = {obj.name for obj in sim.objects_of("round+angular")}
+    assert not complex_ones & {obj.name for obj in sim.FAMILIES["held_out"]}
 
 
 def test_parts_of_an_object_hang_together():
     """From every part one comes to every other by parts that overlap."""
-    for obj in (*sim.FAMILIES["complex"], *sim.FAMILIES["held_out"]):
+    for obj in sim.objects_of("round+angular+held_out"):
         model = sim.build(obj).compile()
         data, of = mujoco.MjData(model), np.flatnonzero(model.geom_contype == sim.OBJECT)
         mujoco.mj_forward(model, data)
@@ -1057,7 +1058,7 @@ def test_parts_of_an_object_hang_together():
 
 def test_objects_of_many_parts_and_few_are_stepped_together():
     """As each by itself, although their models are of different size."""
-    duck = sim.FAMILIES["complex"][0]
+    duck = sim.FAMILIES["round"][0]
     small_cache(duck, 8)
     pushes = np.random.default_rng(0).normal(size=(30, 2, H.N))
 
@@ -1068,7 +1069,7 @@ def test_objects_of_many_parts_and_few_are_stepped_together():
             env.step(sim.next_target(env.target, step[:len(objects)]))
         return env.state.copy()
 
-    assert sim.objects_of("complex")[0].family == "complex"
+    assert sim.objects_of("angular")[0].family == "angular"
     both = states([CUBE[0], duck])
     assert np.array_equal(both[0], states([CUBE[0]])[0])
     pushes = pushes[:, ::-1]

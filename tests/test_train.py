@@ -251,6 +251,8 @@ def test_a_run_begins_at_the_levels_of_another_in_the_cells_that_both_have(tmp_p
     assert np.allclose(more.env.g, np.where(more.env.cell == 0, (1 + weakest) / 2, weakest))
     other = T.Training("cuboid", arguments(tmp_path, **both), tmp_path / "third.pt", start)
     assert not other.env.level.any()
+    assert [training.optimizer.param_groups[0]["lr"] for training in (more, other)] == [
+        T.GOING_ON, T.LEARNING_RATE]
 
 
 def test_the_generalist_begins_with_the_policy_of_another_run(tmp_path):
