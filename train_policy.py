@@ -402,8 +402,6 @@ class Row(NamedTuple):
     turned: float        # rad per 20 s
     held: float          # share of the episode
     level: float         # of the curriculum
-    explained: float     # share of the variance of returns that the critic explains
-    kl: float
 
 
 def group(cell, cells):
@@ -613,8 +611,7 @@ class Training:
         self.steps += RANKS * self.env.n * HORIZON
         self.seconds += float(np.mean(gather(time.monotonic() - began)))     # they stop together
         for cell, turned, held, level in self.curriculum.raise_levels():
-            self.curve.append(
-                Row(cell, self.steps, self.seconds, turned, held, level, float(explained), kl))
+            self.curve.append(Row(cell, self.steps, self.seconds, turned, held, level))
         return f"ev {explained:.2f} kl {kl:.3f} clip {clipped:.2f}"
 
     def status(self):
