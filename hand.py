@@ -358,6 +358,7 @@ def atomic_file(path, mode="wb"):
 
 
 def save_json(path, content):
+    """Write `content` as JSON, all or nothing, see `atomic_file`."""
     with atomic_file(path, "w") as file:
         file.write(json.dumps(content, indent=1) + "\n")
 

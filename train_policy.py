@@ -726,15 +726,13 @@ class Cloning:
     def __init__(self, oracles, args, path):
         self.oracles, self.args, self.path = oracles, args, path
         torch.manual_seed(args.seed)
-        self.student = Generalist()
+        begun = args.start and args.start / "policy.pt"      # there if --start is a folder with one
+        self.student = load_policy(begun)[0] if begun and begun.exists() else Generalist()
         self.optimizer = torch.optim.Adam(self.student.parameters(), lr=CLONING_RATE, fused=True)
         self.rounds, self.seconds, self.data = 0, 0.0, []
         self.teachers = [fingerprint(oracle) for _, oracle in oracles]
-        begun = args.start and args.start.is_dir() and args.start / "policy.pt"
         if path.exists():
             self._resume(for_the_same(path, args))
-        elif begun and begun.exists():
-            self.student.load_state_dict(load_policy(begun)[0].state_dict())
 
     def _file(self, number):
         return self.path.with_name(f"cloning-{number:02d}.npz")
@@ -761,7 +759,7 @@ class Cloning:
             self.args.envs, sim.objects_of(family), self.args.wrist, self.args.axis,
             seed=1000 * (number + 1) + self.args.seed, randomize=self.args.randomize)
         obs, label, result = self._collect(env, oracle, cloning)
-        if number == 0 and self.student.norm.count < 1:
+        if self.student.norm.count < 1:                      # it has seen nothing yet
             self.student.norm.update(obs.float())
         self.data.append([obs, label])
         sim.save_npz(self._file(number), obs=obs.numpy(), label=label.numpy())
