@@ -66,9 +66,10 @@ ENOUGH = 192, 12         # episodes of all cells, and at least of one, before it
 GO_ON = 0.5              # at level 1, share of held episodes after which another task goes on
 
 # The generalist
-ROUNDS = 6, 12           # per oracle: the lesson, everything; of 400 control steps
+ROUNDS = 12, 24          # per oracle: the lesson, everything; of 400 control steps...
+SHARE = 1 / 2            # ...of this share of the hands: more rounds, not more of the same policy
 CLONING = 2              # rounds per oracle in which the oracle drives
-GRADIENT_STEPS = 800     # after each round
+GRADIENT_STEPS = 400     # after each round
 CLONING_BATCH = 1024
 CLONING_RATE = 1e-3
 KEPT = 0.25              # share of the control steps that are kept: neighbours are alike
@@ -76,7 +77,6 @@ REDIRECT = 1 / 200       # of wrist and axis, chance per control step while the 
 
 # The generalist, fine-tuned by PPO: it has copied oracles that know what it cannot know
 TUNING = 1.5e6, 0        # control steps: the lesson, everything (there it learns to hold still)
-TUNING_C_ROT = 0.5       # the paper's C_ROT: at this stage a longer hold is worth more than speed
 TUNING_STD = 0.2         # of its noise
 TUNING_KL = 0.004        # at KL_TARGET what cuboids turn falls again
 TUNING_RATE = 2e-5       # at the start
@@ -103,7 +103,6 @@ class Task:
     """The reward and the privileged observation of one batch of `sim.Rotation` environments."""
 
     PAST = 3                     # control steps of joint positions and targets
-    c_rot = C_ROT
 
     def __init__(self, env):
         self.env = env
@@ -146,7 +145,7 @@ class Task:
         k, torque = env.axis, self.torque()
         level = env.level[env.cell]
         a_rotp, penalty = (np.interp(level, (0, 1), pair) for pair in (A_ROTP, FALL_PENALTY))
-        r_rot = np.clip((env.omega * k).sum(1), -self.c_rot, self.c_rot)
+        r_rot = np.clip((env.omega * k).sum(1), -C_ROT, C_ROT)
         a_rot = A_ROT * np.where(self.holds, 1.0, 0.5)[env.cell]
         away = np.linalg.norm(sim.rotation_between(env.quat, self.goal), axis=1)
         reached = away < np.radians(15)
@@ -756,7 +755,7 @@ class Cloning:
         family, oracle = self.oracles[number % len(self.oracles)]
         cloning = number < CLONING * len(self.oracles)
         env = sim.Rotation(
-            self.args.envs, sim.objects_of(family), self.args.wrist, self.args.axis,
+            round(SHARE * self.args.envs), sim.objects_of(family), self.args.wrist, self.args.axis,
             seed=1000 * (number + 1) + self.args.seed, randomize=self.args.randomize)
         obs, label, result = self._collect(env, oracle, cloning)
         if self.student.norm.count < 1:                      # it has seen nothing yet
@@ -879,8 +878,6 @@ class Columns(nn.Module):
 
 
 class FineTuningTask(Task):
-    c_rot = TUNING_C_ROT
-
     def observe(self):
         """Privileged and deployable observation, float32 tensor (n, 217 + OBSERVED)."""
         return torch.cat([super().observe(), self.env.observe()], 1)
@@ -999,7 +996,7 @@ def arguments():
     everything = ([*lesson[0], "long", "small", "angular", "round"],
                   [*sim.WRISTS, sim.ANY], [*sim.AXES, sim.ANY])
     args.steps = args.steps or (
-        [20e6] if args.everything else [7.5e6] if args.family else [4e6, 8e6])
+        [20e6] if args.everything else [7.5e6] if args.family else [4.5e6, 6.5e6])
     for name, *usual in zip(("family", "wrist", "axis"), lesson, everything):
         setattr(args, name, getattr(args, name) or usual[args.everything])
         setattr(args, name, list(dict.fromkeys(getattr(args, name))))

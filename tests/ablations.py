@@ -107,10 +107,10 @@ def evenly(n, count):
     return torch.linspace(0, n - 1, count).round().long()
 
 
-def simulated(args):
+def simulated(kinds, args):
     """Model kind -> f_sim of that kind, learned as fit_ndm.py does; kept in DATA."""
     models, lessons, policy = {}, None, train_policy.digest(args.policy)
-    for kind in dict.fromkeys(variant.kind for variant in VARIANTS):
+    for kind in kinds:
         path = args.data / f"f_sim-{kind}-{policy}-{args.steps}-{args.episodes}-{args.seed}.pt"
         if not path.exists():
             lessons = lessons or fit_ndm.lessons(fit_ndm.simulated_episodes(args), args.seed)
@@ -152,7 +152,8 @@ def ablate(k, args, wrists):
         raise H.Problem(f"{path} is of another policy, --steps, --episodes or --seed: delete it")
     missing = [variant for variant in VARIANTS if variant.name not in report["mrad"]]
     if missing:
-        data, models = Data(k, args, wrists), simulated(args)
+        data = Data(k, args, wrists)
+        models = simulated(dict.fromkeys(variant.kind for variant in VARIANTS), args)
     for variant in missing:
         report["mrad"][variant.name] = measure(variant, data, models, args)
         H.save_json(path, report)

@@ -45,27 +45,27 @@ def run(script, *words):
 def study(k, args, wrists):
     """The loop on the virtual hand sim:k. Returns the files with its numbers: the method's, and
     those of its rivals."""
-    fitted = args.out / f"sim{k}-ndm"
-    residual_of = {args.results / f"sim{k}.json": fitted / "residual.pt"}
-    if args.rivals:
-        residual_of |= {args.results / f"sim{k}-{kind}.json": fitted / f"residual-{kind}.pt"
-                        for kind in RIVALS}
-    missing = [result for result in residual_of if not result.exists()]
+    fitted, results, residuals = args.out / f"sim{k}-ndm", {}, {}
+    for kind in ("joint", *(RIVALS if args.rivals else ())):
+        suffix = "" if kind == "joint" else f"-{kind}"
+        results[kind] = args.results / f"sim{k}{suffix}.json"
+        residuals[kind] = fitted / f"residual{suffix}.pt"
+    missing = [kind for kind, result in results.items() if not result.exists()]
     asked = {"policy": train_policy.digest(args.policy), "episodes": args.episodes}
-    for result in residual_of.keys() - missing:
-        report = json.loads(result.read_text())
+    for kind in results.keys() - missing:
+        report = json.loads(results[kind].read_text())
         if any(report[name] != value for name, value in asked.items()):
-            raise H.Problem(f"{result} is of another policy, or of other --episodes: delete it, or "
-                            "name other --results")
-    if not all(residual_of[result].exists() for result in missing):
-        fit(k, args, wrists, fitted)
-        missing = list(residual_of)          # all residuals are new
-    for result in missing:
-        compare(f"sim:{k}", args, wrists, residual_of[result], result)
-    return list(residual_of)
+            raise H.Problem(f"{results[kind]} is of another policy, or of other --episodes: delete "
+                            "it, or name other --results")
+    unfitted = [kind for kind in missing if not residuals[kind].exists()]
+    if unfitted:
+        fit(k, args, wrists, fitted, unfitted)
+    for kind in missing:
+        compare(f"sim:{k}", args, wrists, residuals[kind], results[kind])
+    return list(results.values())
 
 
-def fit(k, args, wrists, fitted):
+def fit(k, args, wrists, fitted, kinds):
     """Collect in the box, record the task, and learn from both."""
     port, policy = f"sim:{k}", args.policy
     boxes, task = [args.out / f"sim{k}-{wrist}" for wrist in wrists], args.out / f"sim{k}-task"
@@ -76,7 +76,7 @@ def fit(k, args, wrists, fitted):
         run("deploy.py", "--base", "--port", port, "--policy", policy, "--wrist", *wrists,
             "--episodes", args.recorded, "--seed", RECORDED, "--record", task)
     run("fit_ndm.py", "--data", *boxes, *[task] * bool(args.recorded), "--policy", policy,
-        "--models", "joint", *(RIVALS if args.rivals else ()), "--out", fitted)
+        "--models", *kinds, "--out", fitted)
 
 
 def compare(port, args, wrists, residual, result):

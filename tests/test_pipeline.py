@@ -21,11 +21,14 @@ import collect
 import deploy
 import fit_ndm
 import hand as H
+import limits
+import rivals
 import sim
 import study
 import tables
 import train_policy
-from conftest import ROOT, WINDOWS, finish, one_line_problem, refused, run, start, wait_for
+import without
+from conftest import CUBE, ROOT, WINDOWS, finish, one_line_problem, refused, run, start, wait_for
 
 pytestmark = pytest.mark.usefixtures("grasps")
 
@@ -536,6 +539,57 @@ def test_rivals_are_compared_on_the_same_hands(tmp_path):
     assert [line.split()[0] for line in lines[1:]] == ["joint", "finger", "whole"]
     means = [re.findall(r"(-?[\d.]+) \+-", line) for line in lines[1:]]
     assert means == [["4.00", "1.50", "0.00"], ["1.00", "1.50", "-3.00"], ["1.00", "1.50", "-3.00"]]
+
+
+def test_what_is_gained_without_a_kind_of_randomisation():
+    def result(rad, seconds):
+        return {f"{place} {metric} {wrist}": np.array(values) for place in ("home", "abroad")
+                for metric, values in (("RotR", 20 * rad), ("TTF", seconds))
+                for wrist in ("palm_up", "palm_down")}
+
+    lines = without.table({"nothing": result(np.array([2.0, 4.0]), [10, 20]),
+                           "motor": result(np.array([3.0, 3.0]), [11, 17])})
+    numbers = [re.findall(r"[-+]?\d[\d.]*", line) for line in lines[1:]]
+    assert numbers == [["3.0", "15.0"] * 2, ["+0.0", "0.6", "-1.0", "1.2"] * 2]
+
+
+def test_a_shifted_simulator_is_sent_more_than_the_policy_sends(monkeypatch):
+    seen = []
+
+    def delta(observation, move):
+        seen.append((observation.shape, move))
+        return torch.full_like(move, 0.02)
+
+    monkeypatch.setattr(rivals.Shifted, "delta", staticmethod(delta))
+    shifted, plain = (kind(4, CUBE, noise=0, randomize=(), progress=False)
+                      for kind in (rivals.Shifted, sim.Rotation))
+    target = shifted.target + 0.01
+    shifted.step(target)
+    plain.step(target + 0.02)
+    assert np.allclose(shifted.state, plain.state, atol=1e-6)
+    assert np.array_equal(shifted.target, target)
+    (shape, move), = seen
+    assert shape == (4, sim.OBSERVED) and np.allclose(move, 0.01)
+
+
+def test_rivals_are_told_by_what_they_gain_over_none():
+    reports = [{way: {"RotR": 10 + k + 2 * (way == "delta"), "TTF": 15} for way in rivals.WAYS}
+               for k in (0, 1)]
+    numbers = [re.findall(r"-?[\d.]+", line) for line in rivals.table(reports)[1:]]
+    assert numbers[rivals.WAYS.index("delta")] == ["12.50", "15.0", "2.00", "0.00", "0.00", "0.00"]
+    assert numbers[rivals.WAYS.index("none")][2:] == ["0.00"] * 4
+
+
+def test_a_limit_changes_the_hand_or_the_trial_alone(toy_policy):
+    trial, = sim.trials(CUBE[:1], WRIST, ["+z"], 1, 0)
+    names = "as it is", "2 degrees of play", "object of 200 g", "as it is"
+    play = H.BACKLASH
+    first, *others, again = (limits.episode((name, "sim:3", toy_policy, None, trial))
+                             for name in names)
+    assert H.BACKLASH == play and again == first and first not in others
+    lines = limits.table({"as it is": {"alone": [[8.0, 20.0], [10.0, 20.0]]},
+                          "worse": {"alone": [[1.0, 5.0], [3.0, 7.0]]}})
+    assert re.findall(r"[\d.]+", lines[2]) == ["2.0", "12.7", "6.0", "12.7"]
 
 
 def test_deploy_records_what_fit_ndm_reads_and_is_the_same_again(pipeline, toy_policy, tmp_path):
