@@ -28,6 +28,7 @@ import hand as H
 import train_policy
 
 NOTHING = "nothing"              # is left out
+HOME, ABROAD = 1, 2              # seeds of the trials
 METRICS = {"RotR": sim.CONTROL_HZ, "TTF": 1}             # and what makes rad and s of them
 
 
@@ -57,10 +58,10 @@ def measured(path, args):
     objects = sim.objects_of("+".join(content["families"]))
     with deploy.processes(args.workers) as pool:
         for wrist in wrists:
-            trials = sim.trials(objects, wrist, axes, args.home, args.seed + 1)
-            env = sim.Rotation(args.home, objects, [wrist], axes, seed=args.seed + 1)
+            trials = sim.trials(objects, wrist, axes, args.home, HOME)
+            env = sim.Rotation(args.home, objects, [wrist], axes, seed=HOME)
             home = sim.run_episodes(env, functools.partial(train_policy.act, policy), trials=trials)
-            trials = sim.trials(objects, wrist, axes, args.abroad, args.seed + 2)
+            trials = sim.trials(objects, wrist, axes, args.abroad, ABROAD)
             abroad = [deploy.on_the_hand(pool, argparse.Namespace(
                 port=f"sim:{k}", policy=path, wrist=wrists, base=True, gif=None, record=None),
                 wrist, trials, None) for k in args.hands]
