@@ -115,8 +115,8 @@ def measured(k, args):
 def table(reports):
     """Lines, from the file's content of each hand: means over hands, and the 95 % interval of what
     is gained over none."""
-    lines = [f"{len(reports)} hands" + " " * 8 + "turned, rad     TTF, s       gain, rad         "
-             "gain, s"]
+    lines = [f"{'hands: ' + str(len(reports)):<12}{'turned, rad':>15}{'TTF, s':>11}"
+             f"{'gain, rad':>17}{'gain, s':>17}"]
     for way in WAYS:
         rows = np.array([[report[way][metric] for metric in METRICS] for report in reports])
         none = np.array([[report["none"][metric] for metric in METRICS] for report in reports])
