@@ -1,6 +1,6 @@
 """Where it breaks: virtual hands with a fault, or with an object, beyond all that training draws.
 
-    python tests/limits.py --hands 0 1 2 3 4         # 4 minutes on 2 cores
+    python tests/limits.py --hands 0 1 2 3 4         # 8 minutes on 2 cores
 
 Everything that is foreign anyway stays so; each row changes one thing more. The same trials in each
 row. With DATA/simK-ndm/residual.pt of a hand, which tests/study.py fits to the hand as it was
