@@ -67,7 +67,7 @@ GO_ON = 0.5              # at level 1, share of held episodes after which anothe
 
 # The generalist
 ROUNDS = 12, 24          # per oracle: the lesson, everything; of 400 control steps...
-SHARE = 1 / 2            # ...of this share of the hands: more rounds, not more of the same policy
+CLONING_ENVS = 1 / 2     # ...of this share of the hands: more rounds, not more of the same policy
 CLONING = 2              # rounds per oracle in which the oracle drives
 GRADIENT_STEPS = 400     # after each round
 CLONING_BATCH = 1024
@@ -755,8 +755,9 @@ class Cloning:
         family, oracle = self.oracles[number % len(self.oracles)]
         cloning = number < CLONING * len(self.oracles)
         env = sim.Rotation(
-            round(SHARE * self.args.envs), sim.objects_of(family), self.args.wrist, self.args.axis,
-            seed=1000 * (number + 1) + self.args.seed, randomize=self.args.randomize)
+            round(CLONING_ENVS * self.args.envs), sim.objects_of(family), self.args.wrist,
+            self.args.axis, seed=1000 * (number + 1) + self.args.seed,
+            randomize=self.args.randomize)
         obs, label, result = self._collect(env, oracle, cloning)
         if self.student.norm.count < 1:                      # it has seen nothing yet
             self.student.norm.update(obs.float())

@@ -43,7 +43,6 @@ CHANGES = {
     "object of 200 g": ({}, {"mass": 0.2}),
     "friction 0.3": ({}, {"friction": 0.3}),
 }
-METRICS = {"RotR": sim.CONTROL_HZ, "TTF": 1}             # and what makes rad and s of them
 
 
 def episode(job):
@@ -53,7 +52,7 @@ def episode(job):
     args = argparse.Namespace(port=port, policy=policy, record=None)
     with mock.patch.dict(vars(H), table):
         result = deploy.measured_episode((args, trial._replace(**task), residual, 0, None))
-    return [result[metric][0] / unit for metric, unit in METRICS.items()]
+    return [result[metric][0] / unit for metric, unit in tables.UNITS.items()]
 
 
 def measured(args):
@@ -67,8 +66,8 @@ def measured(args):
     if all(path.exists() for path in residuals.values()):
         kinds["corrected"] = residuals
     rows = list(itertools.product(CHANGES, kinds, args.hands))
-    found, bar = {name: {kind: [] for kind in kinds} for name in CHANGES}, sim.Progress(
-        "limits", len(rows), " hands")
+    found = {name: {kind: [] for kind in kinds} for name in CHANGES}
+    bar = sim.Progress("limits", len(rows), " hands")
     with deploy.processes(args.workers) as pool:
         for done, (name, kind, k) in enumerate(rows):
             job = name, f"sim:{k}", args.policy, kinds[kind][k]
@@ -83,9 +82,8 @@ def table(found):
     kinds = list(found["as it is"])
     lines = [f"{'':<28}" + "".join(f"{f'{kind}, rad':>16}{'s':>16}" for kind in kinds)]
     for name, of in found.items():
-        numbers = [tables.interval(column) for kind in kinds for column in np.transpose(of[kind])]
-        lines.append(f"{name:<28}" + "".join(
-            f"{mean:>9.1f} +-{half:4.1f}" for mean, _, half in numbers))
+        columns = np.concatenate([of[kind] for kind in kinds], 1)
+        lines.append(f"{name:<28}" + tables.means(columns, "{:>9.1f} +-{:4.1f}"))
     return lines
 
 

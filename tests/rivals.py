@@ -41,7 +41,6 @@ import train_policy
 import without
 
 WAYS = "none", "residual", "delta", "longer"
-METRICS = {"RotR": sim.CONTROL_HZ, "TTF": 1}             # and what makes rad and s of them
 
 
 class Shifted(sim.Rotation):
@@ -99,16 +98,14 @@ def measured(k, args):
     found = {}
     for way in WAYS:
         residual = args.data / f"sim{k}-ndm" / "residual.pt" if way == "residual" else None
-        facts = argparse.Namespace(
-            port=f"sim:{k}", policy=policy_of(way, k, args), wrist=wrists, base=not residual,
-            gif=None, record=None)
+        policy = policy_of(way, k, args)
         with deploy.processes(args.workers) as pool:
-            parts = [deploy.on_the_hand(
-                pool, facts, wrist,
+            parts = [without.on_the_hand(
+                pool, k, policy, wrists, wrist,
                 sim.trials(objects, wrist, content["axes"], args.trials, args.seed), residual)
                 for wrist in wrists]
         found[way] = {metric: np.concatenate([part[metric] for part in parts]) / unit
-                      for metric, unit in METRICS.items()}
+                      for metric, unit in tables.UNITS.items()}
     return found
 
 
@@ -117,12 +114,12 @@ def table(reports):
     is gained over none."""
     lines = [f"{'hands: ' + str(len(reports)):<12}{'turned, rad':>15}{'TTF, s':>11}"
              f"{'gain, rad':>17}{'gain, s':>17}"]
-    for way in WAYS:
-        rows = np.array([[report[way][metric] for metric in METRICS] for report in reports])
-        none = np.array([[report["none"][metric] for metric in METRICS] for report in reports])
-        gains = [tables.interval(column) for column in (rows - none).T]
-        lines.append(f"{way:<12}{rows[:, 0].mean():>15.2f}{rows[:, 1].mean():>11.1f}" + "".join(
-            f"{mean:>9.2f} +-{half:5.2f}" for mean, _, half in gains))
+    rows = {way: np.array([[report[way][metric] for metric in tables.UNITS] for report in reports])
+            for way in WAYS}
+    for way, numbers in rows.items():
+        turned, held = numbers.mean(0)
+        gains = tables.means(numbers - rows["none"], "{:>9.2f} +-{:5.2f}")
+        lines.append(f"{way:<12}{turned:>15.2f}{held:>11.1f}{gains}")
     return lines
 
 

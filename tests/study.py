@@ -98,9 +98,8 @@ def take_apart(args, wrists):
                 residual = args.out / f"sim{k}-ndm" / "residual.pt"
                 compare(f"sim:{k}:{part}", args, wrists, residual, files[-1])
         rows = [tables.gap_row(report) for report in tables.read_gaps(files)]
-        mean, _, half = tables.over_hands(np.delete(rows, 3, 1))         # without the gain
-        lines.append(f"{part:<29}" + "".join(
-            f"{m:>9.1f} +-{h:4.1f}" for m, h in zip(mean[:6], half)))
+        columns = np.delete(rows, 3, 1)[:, :6]           # without the gain
+        lines.append(f"{part:<29}" + tables.means(columns, "{:>9.1f} +-{:4.1f}"))
     return lines
 
 
@@ -114,8 +113,7 @@ def rivals_table(files):
     lines = ["mean, 95 %  " + "".join(f"{head:>16}" for head in heads)]
     for n, kind in enumerate(("joint", *RIVALS)):
         columns = np.stack([gain[:, n], held[:, n], gain[:, n] - gain[:, 0]], 1)
-        mean, _, half = tables.over_hands(columns)
-        lines.append(f"{kind:<12}" + "".join(f"{m:>8.2f} +-{h:5.2f}" for m, h in zip(mean, half)))
+        lines.append(f"{kind:<12}" + tables.means(columns, "{:>8.2f} +-{:5.2f}"))
     return lines
 
 

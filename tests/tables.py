@@ -25,6 +25,8 @@ import hand as H
 import sim
 import mujoco
 
+UNITS = {"RotR": H.CONTROL_HZ, "TTF": 1}     # what makes radians turned and s of a metric
+
 # 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom
 T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
      2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086)
@@ -114,6 +116,13 @@ def over_hands(rows):
     (hands, columns), of the hands that have a number."""
     columns = [column[np.isfinite(column)] for column in np.transpose(rows)]
     return np.transpose([interval(c) if len(c) else (np.nan,) * 3 for c in columns])
+
+
+def means(rows, form):
+    """The numbers of a line: mean over hands and half width, put into `form`, of every column of
+    rows (hands, columns)."""
+    mean, _, half = over_hands(rows)
+    return "".join(map(form.format, mean, half))
 
 
 def gap_table(reports):

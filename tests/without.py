@@ -21,15 +21,15 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 import sim
 import deploy
 import hand as H
+import tables
 import train_policy
 
 NOTHING = "nothing"              # is left out
 HOME, ABROAD = 1, 2              # seeds of the trials
-METRICS = {"RotR": sim.CONTROL_HZ, "TTF": 1}             # and what makes rad and s of them
 
 
 def fine_tuned(left_out, args, out):
@@ -62,26 +62,33 @@ def measured(path, args):
             env = sim.Rotation(args.home, objects, [wrist], axes, seed=HOME)
             home = sim.run_episodes(env, functools.partial(train_policy.act, policy), trials=trials)
             trials = sim.trials(objects, wrist, axes, args.abroad, ABROAD)
-            abroad = [deploy.on_the_hand(pool, argparse.Namespace(
-                port=f"sim:{k}", policy=path, wrist=wrists, base=True, gif=None, record=None),
-                wrist, trials, None) for k in args.hands]
-            for metric in METRICS:
+            abroad = [on_the_hand(pool, k, path, wrists, wrist, trials) for k in args.hands]
+            for metric in tables.UNITS:
                 found[f"home {metric} {wrist}"] = home[metric]
                 found[f"abroad {metric} {wrist}"] = np.concatenate([one[metric] for one in abroad])
     return found
 
 
+def on_the_hand(pool, k, policy, wrists, wrist, trials, residual=None):
+    """The trials of one of `wrists` on sim:k, by the policy (a file), see `deploy.on_the_hand`."""
+    args = argparse.Namespace(port=f"sim:{k}", policy=policy, wrist=wrists, base=not residual,
+                              gif=None, record=None)
+    return deploy.on_the_hand(pool, args, wrist, trials, residual)
+
+
 def table(results):
     """Lines, from {kind that was left out: what `measured` returned}; all wrists together."""
-    columns = [(place, metric) for place in ("home", "abroad") for metric in METRICS]
+    columns = [(place, metric) for place in ("home", "abroad") for metric in tables.UNITS]
     mean = {column: together(results[NOTHING], *column) for column in columns}
     lines = [f"{'left out':<12}" + "".join(f"{f'{place}, {unit}':>15}" for place in
                                            ("home", "abroad") for unit in ("rad", "s")),
              f"{NOTHING:<12}" + "".join(f"{mean[column].mean():>15.1f}" for column in columns)]
-    for kind in [kind for kind in results if kind != NOTHING]:
+    for kind, result in results.items():
+        if kind == NOTHING:
+            continue
         line = f"{kind:<12}"
         for column in columns:
-            gain = together(results[kind], *column) - mean[column]
+            gain = together(result, *column) - mean[column]
             line += f"{gain.mean():>+9.1f} ({gain.std(ddof=1) / len(gain) ** 0.5:.1f})"
         lines.append(line)
     return lines
@@ -89,7 +96,7 @@ def table(results):
 
 def together(result, place, metric):
     """Radians, or seconds, of all trials at a place."""
-    return np.concatenate([values / METRICS[metric] for name, values in result.items()
+    return np.concatenate([values / tables.UNITS[metric] for name, values in result.items()
                            if name.startswith(f"{place} {metric}")])
 
 
